@@ -1,0 +1,75 @@
+"""Train a two-layer LSTM on MNIST, read row by row: an image is a sequence of 28 time steps of 28 pixels.
+
+python rnn_mnist.py
+python rnn_mnist.py --hidden 128
+python rnn_mnist.py --dataset synthetic --epochs 1
+"""
+
+import torch
+from torch import nn
+
+import common
+
+
+class RNN(nn.Module):
+    """Images (N, 1, 28, 28) in [0, 1] to logits (N, 10): no softmax, CrossEntropyLoss has its own."""
+
+    def __init__(self, hidden_size=128, num_layers=2):
+        super().__init__()
+        # batch_first, because the loader's first dimension is the batch: else the LSTM takes images for time steps.
+        self.lstm = nn.LSTM(input_size=28, hidden_size=hidden_size, num_layers=num_layers, batch_first=True)
+        self.fc = nn.Linear(hidden_size, 10)
+
+    def forward(self, x):
+        out, _ = self.lstm(x.squeeze(1))  # (N, 28, hidden_size)
+        return self.fc(out[:, -1])  # (N, 10), from the last time step, which has seen all 28 rows
+
+
+def main(argv=None):
+    """Train and evaluate as the command line `argv` says; return the trained model."""
+    parser = common.make_parser(__doc__)
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--hidden", type=common.whole_number(1), default=128, metavar="N", help="LSTM units (default: %(default)s)"
+    )
+    group.add_argument(
+        "--layers", type=common.whole_number(1), default=2, metavar="N", help="stacked LSTMs (default: %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    train_loader, test_loader = common.make_loaders(args)
+    common.set_seed(args.seed)
+    model = RNN(args.hidden, args.layers).to(args.device)
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    print(common.describe(args, model, train_loader, test_loader))
+
+    steps = len(train_loader)
+    for epoch in range(1, args.epochs + 1):
+        model.train()
+        start = common.clock(args.device)
+        for step, (images, labels) in enumerate(train_loader, start=1):
+            logits = model(images)
+            loss = criterion(logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % 100 == 0 or step == steps:
+                common.check_finite(loss, epoch, step)
+                print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
+        seconds = common.clock(args.device) - start
+        test_loss, accuracy, confusion = common.evaluate(model, test_loader)
+        print(
+            f"Epoch [{epoch}/{args.epochs}], Test loss: {test_loss:.4f}, "
+            f"Test accuracy: {accuracy:.2%}, Time: {seconds:.2f} s"
+        )
+    if args.epochs:
+        print("Training finished.")
+    else:
+        test_loss, accuracy, confusion = common.evaluate(model, test_loader)
+        print(f"Test loss: {test_loss:.4f}, Test accuracy: {accuracy:.2%}")
+    common.print_table(confusion)
+    return model
+
+
+if __name__ == "__main__":
+    common.run(main)

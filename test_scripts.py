@@ -1,0 +1,478 @@
+"""Tests of the scripts, on the CPU and on the machine's accelerator where it has one: python -m pytest
+
+They need no network. Those that need the real MNIST use ./data, and are skipped where it is not there.
+"""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision import datasets, transforms
+
+import cnn_mnist
+import common
+import rnn_mnist
+
+HERE = Path(__file__).parent
+SCRIPTS = [cnn_mnist, rnn_mnist]
+MODELS = [cnn_mnist.CNN, rnn_mnist.RNN]
+DEVICES = ["cpu"]
+if torch.accelerator.is_available():
+    DEVICES.append(torch.accelerator.current_accelerator().type)
+
+each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+each_model = pytest.mark.parametrize("model_class", MODELS)
+each_device = pytest.mark.parametrize("device", DEVICES)
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and pipes as POSIX has them")
+real_mnist = pytest.mark.skipif(
+    not (HERE / "data/MNIST/raw/train-images-idx3-ubyte").is_file(), reason="MNIST is not in ./data"
+)
+
+
+def write_idx(path, values):
+    """Write a uint8 tensor as an IDX file: 0, 0, type 8, dimensions, each size in 4 bytes big-endian, the values."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
+    path.write_bytes(bytes([0, 0, 8, values.dim()]) + sizes + values.to(torch.uint8).numpy().tobytes())
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """A folder with a small MNIST of drawn digits: 250 training and 130 test images."""
+    raw = tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(1)
+    for split, count in (("train", 250), ("t10k", 130)):
+        images, labels = common.draw_digits(count, generator)
+        write_idx(raw / f"{split}-images-idx3-ubyte", images)
+        write_idx(raw / f"{split}-labels-idx1-ubyte", labels)
+    return tmp_path
+
+
+@pytest.fixture
+def train(data_dir, capsys):
+    """A function that trains in this process on the small MNIST, and returns the model and what was printed."""
+
+    def train(script, *options):
+        model = script.main(["--data-dir", str(data_dir), "--device", "cpu", *map(str, options)])
+        return model, capsys.readouterr().out
+
+    return train
+
+
+@pytest.fixture
+def fail(monkeypatch, capsys):
+    """A function that runs a script's command line in this process, and returns its exit status and error message."""
+
+    def fail(script, *options):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, options)])
+        with pytest.raises(SystemExit) as exit:
+            common.run(script.main)
+        if isinstance(exit.value.code, str):  # sys.exit(text) prints the text and exits with 1
+            return 1, exit.value.code
+        return exit.value.code, capsys.readouterr().err
+
+    return fail
+
+
+def command(script, *options):
+    return [sys.executable, HERE / f"{script.__name__}.py", *map(str, options)]
+
+
+def losses(output):
+    return [float(loss) for loss in re.findall(r"Step .*, Loss: (\S+)", output)]
+
+
+def accuracies(output):
+    return [float(percent) for percent in re.findall(r"Test accuracy: (\S+)%", output)]
+
+
+def same_weights(model, other):
+    return all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+# ---- training ----
+
+
+@each_script
+@each_device
+def test_smoke_one_batch(script, device, train):
+    before, _ = train(script, "--device", device, "--epochs", 0)
+    after, output = train(script, "--device", device, "--epochs", 1, "--limit", 100)
+    assert len(losses(output)) == 1
+    assert math.isfinite(losses(output)[0])
+    for old, new in zip(before.parameters(), after.parameters(), strict=True):
+        assert new.device.type == device
+        assert new.grad.any()
+        assert not torch.equal(old, new)
+
+
+@each_script
+@each_device
+def test_same_seed_same_weights(script, device, train):
+    options = ["--device", device, "--epochs", 2, "--batch-size", 32]
+    model, _ = train(script, *options)
+    assert same_weights(model, train(script, *options)[0])
+    assert not same_weights(model, train(script, *options, "--seed", 1)[0])
+
+
+@each_script
+def test_evaluation_does_not_change_the_weights(script, train, monkeypatch):
+    with_evaluation, _ = train(script, "--epochs", 2)
+    monkeypatch.setattr(common, "evaluate", lambda model, loader: (0.0, 0.0, torch.eye(10, dtype=torch.int64)))
+    without, _ = train(script, "--epochs", 2)
+    assert same_weights(with_evaluation, without)
+
+
+def test_network_sizes(train):
+    assert sum(p.numel() for p in cnn_mnist.CNN().parameters()) == 20_490
+    assert sum(p.numel() for p in rnn_mnist.RNN().parameters()) == 214_282
+    model, output = train(rnn_mnist, "--epochs", 0, "--hidden", 16, "--layers", 3)
+    assert (model.lstm.hidden_size, model.lstm.num_layers) == (16, 3)
+    assert "RNN (7,466 parameters)" in output  # 4*16 * (28+16 + 2) + 2 * 4*16 * (16+16 + 2) + 170
+
+
+@each_script
+def test_synthetic_digits_are_learned(script, capsys):
+    options = "--dataset synthetic --limit 30000 --epochs 1 --batch-size 50 --lr 0.002"
+    script.main(options.split())
+    assert accuracies(capsys.readouterr().out)[0] >= 93
+
+
+@real_mnist
+@pytest.mark.parametrize(("script", "percent"), [(cnn_mnist, 96), (rnn_mnist, 92)], ids=["cnn_mnist", "rnn_mnist"])
+def test_real_mnist_is_learned(script, percent, capsys):
+    script.main(["--data-dir", str(HERE / "data"), "--epochs", "1"])
+    assert accuracies(capsys.readouterr().out)[0] >= percent
+
+
+# ---- the tutorial's bugs ----
+
+
+@each_script
+def test_bug_softmax_before_cross_entropy_loss(script, train):
+    # With softmax twice the loss of ten classes stays above ln(e + 9) - 1 = 1.46, also on a batch learned by heart.
+    _, output = train(script, "--limit", 10, "--epochs", 120, "--lr", 0.003)
+    assert losses(output)[-1] < 0.5
+
+
+def test_bug_classifier_input_size():
+    model = cnn_mnist.CNN()
+    assert model.fc.in_features == 32 * 7 * 7
+    assert model(torch.rand(3, 1, 28, 28)).shape == (3, 10)
+
+
+@each_model
+@each_device
+def test_bug_batch_taken_for_time(model_class, device):
+    model, images = model_class().to(device), torch.rand(5, 1, 28, 28, device=device)
+    alone = torch.cat([model(image.unsqueeze(0)) for image in images])
+    assert torch.allclose(model(images), alone, atol=1e-4)
+
+
+def test_bug_last_batch_row_taken_for_last_time_step():
+    images = torch.rand(3, 1, 28, 28, requires_grad=True)
+    rnn_mnist.RNN()(images)[1].sum().backward()
+    assert images.grad[1, 0].any(dim=1).all()  # the last time step has seen each of the 28 rows
+
+
+@each_script
+def test_bug_undefined_names(script, data_dir):
+    done = subprocess.run(command(script, "--data-dir", data_dir, "--epochs", 2), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    header, *lines = done.stdout.splitlines()
+    assert re.fullmatch(r"Device: \S+, Model: [CR]NN \([\d,]+ parameters\), Data: mnist \(250 .* 130 test .*\)", header)
+    for epoch in ("1", "2"):
+        assert re.fullmatch(rf"Epoch \[{epoch}/2\], Step \[3/3\], Loss: \d\.\d{{4}}", lines.pop(0))
+        result = rf"Epoch \[{epoch}/2\], Test loss: \d\.\d{{4}}, Test accuracy: \d+\.\d\d%, Time: \d+\.\d\d s"
+        assert re.fullmatch(result, lines.pop(0))
+    assert lines.pop(0) == "Training finished."
+    assert lines.pop(0).split() == ["Class", "Precision", "Recall", "F1", "Count"]
+    assert [line.split()[0] for line in lines] == list("0123456789")
+    assert sum(int(line.split()[4]) for line in lines) == 130
+
+
+@each_script
+def test_bug_test_set_never_evaluated(script, train, data_dir):
+    model, output = train(script, "--epochs", 5, "--batch-size", 10)
+    right = 0
+    for image, label in datasets.MNIST(data_dir, train=False, transform=transforms.ToTensor()):
+        right += model(image.unsqueeze(0)).argmax().item() == label
+    assert accuracies(output)[-1] == pytest.approx(100 * right / 130, abs=0.005)
+    assert accuracies(train(script, "--epochs", 0)[1])[0] != accuracies(output)[-1]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "steps"), [(100, ["3/3"]), (2, ["100/125", "125/125"]), (1000, ["1/1"]), (125, ["2/2"])]
+)
+def test_bug_steps_counted_without_the_last_batch(batch_size, steps, train):
+    _, output = train(cnn_mnist, "--epochs", 1, "--batch-size", batch_size)
+    assert re.findall(r"Step \[(.*)\]", output) == steps
+
+
+# ---- loaders ----
+
+
+def order(loader):
+    """The images of one pass, (N, 28*28)."""
+    return torch.cat([images.cpu().flatten(1) for images, _ in loader])
+
+
+@each_device
+def test_loaders_give_what_to_tensor_gives(device, data_dir):
+    args = common.make_parser("").parse_args(["--data-dir", str(data_dir), "--device", device])
+    train_loader, test_loader = common.make_loaders(args)
+    assert next(iter(train_loader))[0].device.type == device
+    dataset = datasets.MNIST(data_dir, train=False, transform=transforms.ToTensor())
+    (images, labels), expected = next(iter(test_loader)), list(dataset)
+    assert torch.equal(images.cpu(), torch.stack([image for image, _ in expected]))
+    assert labels.tolist() == [label for _, label in expected]
+
+
+def test_shuffling_depends_on_the_seed_alone(data_dir):
+    def loader(seed):
+        options = ["--data-dir", str(data_dir), "--device", "cpu", "--seed", str(seed)]
+        return common.make_loaders(common.make_parser("").parse_args(options))[0]
+
+    first, second = loader(0), loader(0)
+    passes = [order(first), order(first)]
+    torch.rand(3)  # somebody else draws
+    assert torch.equal(order(second), passes[0])
+    torch.rand(3)
+    assert torch.equal(order(second), passes[1])
+    assert not torch.equal(passes[0], passes[1])
+    assert not torch.equal(order(loader(1)), passes[0])
+    assert [len(images) for images, _ in first] == [100, 100, 50]
+    assert torch.equal(passes[0].sort(dim=0).values, passes[1].sort(dim=0).values)  # each image once
+
+
+def test_limit_takes_the_first_images(data_dir):
+    args = common.make_parser("").parse_args(["--data-dir", str(data_dir), "--limit", "7", "--device", "cpu"])
+    train_loader, test_loader = common.make_loaders(args)
+    first = datasets.MNIST(data_dir).data[:7].flatten(1) / 255
+    assert torch.equal(order(train_loader).sort(dim=0).values, first.sort(dim=0).values)
+    assert len(order(test_loader)) == 130
+
+
+def test_synthetic_digits_repeat_by_seed_and_do_not_leak():
+    def draw(seed):
+        args = common.make_parser("").parse_args(["--dataset", "synthetic", "--seed", str(seed), "--device", "cpu"])
+        return [loader.dataset.tensors for loader in common.make_loaders(args)]
+
+    (train_images, train_labels), (test_images, _) = draw(0)
+    assert (train_images.shape, test_images.shape) == ((60_000, 1, 28, 28), (10_000, 1, 28, 28))
+    assert (train_images.min(), train_images.max()) == (0, 1)
+    assert train_labels.bincount().min() > 5_500
+    seen = {image.numpy().tobytes() for image in train_images}
+    assert not any(image.numpy().tobytes() in seen for image in test_images)
+    assert torch.equal(draw(0)[1][0], test_images)
+    assert not torch.equal(draw(1)[1][0], test_images)
+
+
+def test_random_affine_moves_as_far_as_asked():
+    images, generator = torch.zeros(100, 1, 28, 28), torch.Generator().manual_seed(0)
+    images[:, :, 12:16, 12:16] = 1  # its centre of mass is the middle of the picture
+    assert torch.allclose(common.random_affine(images, 0, 0, 0, generator), images, atol=1e-5)
+    moved = common.random_affine(images, 0, 0, 4, generator).squeeze(1)  # (100, 28, 28)
+    columns = (moved.sum(dim=1) * (torch.arange(28) - 13.5)).sum(dim=1) / 16  # (100,) pixels off the middle
+    assert 3 < columns.abs().max() < 4.01
+    assert columns.min() < -3 < 3 < columns.max()
+    areas = common.random_affine(images, 0, 0.5, 0, generator).sum(dim=(1, 2, 3)) / 16
+    assert 0.2 < areas.min() < 0.4
+    assert 1.9 < areas.max() < 2.3
+
+
+# ---- evaluation ----
+
+
+class Constant(nn.Module):
+    """Answers each image with the logits that it was made with, whatever the image."""
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, images):
+        return self.logits.expand(len(images), -1)
+
+
+@each_device
+def test_evaluate_by_hand_with_an_uneven_last_batch(device):
+    model = Constant(math.log(3.0), 0.0, 0.0).to(device)  # says class 0 with 3/5, the others with 1/5
+    labels = torch.tensor([0, 0, 1, 2, 2])
+    loader = DataLoader(TensorDataset(torch.zeros(5, 1, 28, 28), labels), batch_size=2)
+    loss, accuracy, confusion = common.evaluate(model, loader)
+    assert loss == pytest.approx((2 * math.log(5 / 3) + 3 * math.log(5)) / 5)
+    assert accuracy == pytest.approx(2 / 5)
+    assert confusion.tolist() == [[2, 0, 0], [1, 0, 0], [2, 0, 0]]
+
+
+def test_evaluate_a_model_that_knows_nothing():
+    batches = [(torch.zeros(10, 1, 28, 28), torch.arange(10))]  # any iterable of batches will do
+    loss, accuracy, confusion = common.evaluate(Constant(*[0.0] * 10), batches)
+    assert loss == pytest.approx(math.log(10))
+    assert accuracy == pytest.approx(0.1)
+    assert confusion.shape == (10, 10)
+
+
+def test_evaluate_leaves_mode_and_random_state():
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Dropout(), nn.Linear(784, 10))
+    model[1].eval()  # frozen, as in fine-tuning
+    loader = DataLoader(TensorDataset(torch.rand(8, 1, 28, 28), torch.arange(8)), batch_size=4, shuffle=True)
+    state, mean = torch.get_rng_state(), model[1].running_mean.clone()
+    loss, _, _ = common.evaluate(model, loader)
+    assert common.evaluate(model, loader)[0] == pytest.approx(loss)  # no dropout
+    assert [module.training for module in model.modules()] == [True, True, False, True, True]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model[1].running_mean, mean)
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError):
+        common.evaluate(model, [])
+
+
+def test_per_class_by_hand(capsys):
+    confusion = torch.tensor([[3, 1, 0], [2, 4, 0], [1, 0, 0]])  # class 2 is never predicted
+    precision, recall, f1, count = common.per_class(confusion)
+    assert precision.tolist() == pytest.approx([3 / 6, 4 / 5, 0])
+    assert recall.tolist() == pytest.approx([3 / 4, 4 / 6, 0])
+    assert f1.tolist() == pytest.approx([6 / 10, 8 / 11, 0])
+    assert count.tolist() == [4, 6, 1]
+    common.print_table(confusion)
+    assert capsys.readouterr().out.splitlines()[2].split() == ["1", "0.8000", "0.6667", "0.7273", "6"]
+
+
+# ---- bad input ----
+
+WHOLE = ["-1", "1.5", "nan", "inf", "-inf", "x", "", str(2**63)]
+NUMBERS = {
+    "--epochs": WHOLE,
+    "--batch-size": ["0", *WHOLE],
+    "--seed": WHOLE,
+    "--limit": ["0", *WHOLE],
+    "--lr": ["0", "-1", "nan", "inf", "-inf", "x", "", "1e38"],
+    "--hidden": ["0", *WHOLE],
+    "--layers": ["0", *WHOLE],
+}
+
+
+@pytest.mark.parametrize("option", NUMBERS)
+def test_bad_number(option, fail):
+    for value in NUMBERS[option]:
+        status, message = fail(rnn_mnist, option, value)
+        assert status == 2
+        assert f"error: argument {option}" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--device", "nonsense"], ["'nonsense' is not on this machine", "cpu"]),
+        (["--device", "cuda:99"], ["'cuda:99' is not on this machine", "cpu"]),
+        (["--dataset", "emnist"], ["'emnist'", "synthetic"]),
+        (["--nonsense"], ["--nonsense"]),
+    ],
+)
+@each_script
+def test_unknown_name(script, options, words, fail):
+    status, message = fail(script, *options)
+    assert status == 2
+    assert all(word in message for word in words)
+
+
+def test_device_auto():
+    assert common.find_device("auto").type == DEVICES[-1]
+
+
+def test_no_mnist_and_no_network(tmp_path, fail, monkeypatch):
+    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nothing listens there
+    status, message = fail(cnn_mnist, "--data-dir", tmp_path)
+    assert status == 1
+    assert "\n" not in message
+    assert all(word in message for word in ("refused", "--data-dir", "--dataset synthetic"))
+
+
+def test_data_folder_that_cannot_be_written(tmp_path, fail):
+    (tmp_path / "file").touch()
+    status, message = fail(cnn_mnist, "--data-dir", tmp_path / "file")
+    assert status == 1
+    assert all(word in message for word in (str(tmp_path / "file"), "--data-dir"))
+
+
+@pytest.mark.parametrize("split", ["train", "t10k"])
+@pytest.mark.parametrize("kind", ["images-idx3-ubyte", "labels-idx1-ubyte"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "counts", "values"])
+def test_damaged_data(split, kind, damage, data_dir, fail):
+    file = data_dir / f"MNIST/raw/{split}-{kind}"
+    whole = file.read_bytes()
+    images, labels = torch.zeros(250, 28, 28), torch.zeros(250)
+    if damage == "counts":
+        write_idx(file, (images if kind.startswith("images") else labels)[:99])
+    elif damage == "values":
+        write_idx(file, images[:, :20] if kind.startswith("images") else labels + 10)
+    else:
+        file.write_bytes({"truncated": whole[:-1], "empty": b"", "garbage": os.urandom(100)}[damage])
+    status, message = fail(rnn_mnist, "--data-dir", data_dir)
+    assert status == 1
+    assert "\n" not in message
+    assert f"{data_dir / 'MNIST'} is damaged" in message
+    assert "delete that folder" in message
+    assert len(list(file.parent.iterdir())) == 4  # nothing was deleted
+
+
+def test_error_as_a_process(data_dir):
+    (data_dir / "MNIST/raw/train-images-idx3-ubyte").write_bytes(b"")
+    done = subprocess.run(command(cnn_mnist, "--data-dir", data_dir), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch("error: .*\n", done.stderr)
+
+
+@each_script
+def test_loss_that_is_not_finite(script, data_dir, fail):
+    status, message = fail(script, "--data-dir", data_dir, "--lr", "1e37")
+    assert status == 1
+    assert "epoch 1, step 3; try a smaller --lr" in message
+
+
+def test_not_enough_memory(data_dir, fail):
+    for hidden in (10**6, 10**10):
+        status, message = fail(rnn_mnist, "--data-dir", data_dir, "--device", "cpu", "--hidden", hidden)
+        assert status == 1
+        assert "out of memory" in message
+
+
+@posix
+def test_interrupt_in_the_middle_of_an_epoch(data_dir):
+    options = ["--data-dir", data_dir, "--batch-size", 1, "--epochs", 1000]
+    with subprocess.Popen(command(cnn_mnist, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()  # the header, so that the loop has begun; a pipe shows it at once
+        assert b"Step [100/250]" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, b"Interrupted.\n")
+
+
+@posix
+def test_closed_pipe(data_dir):
+    options = ["--data-dir", data_dir, "--epochs", 1000]
+    with subprocess.Popen(command(cnn_mnist, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
+def test_full_disk_behind_the_output(data_dir):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command(cnn_mnist, "--data-dir", data_dir), stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert re.fullmatch("error: .*No space left on device\n", done.stderr)
