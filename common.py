@@ -121,7 +121,7 @@ def run(main):
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        # Python writes at exit what stdout still holds: where stdout is what failed, it would fail again.
+        # At exit Python writes what stdout still holds: where stdout is what failed, that would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         # A reader that has seen enough, as in `| head -1`, wants no message.
         sys.exit(1 if isinstance(error, BrokenPipeError) else f"error: {error}")

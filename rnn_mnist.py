@@ -45,7 +45,6 @@ def main(argv=None):
 
     steps = len(train_loader)
     for epoch in range(1, args.epochs + 1):
-        model.train()
         start = common.clock(args.device)
         for step, (images, labels) in enumerate(train_loader, start=1):
             logits = model(images)
