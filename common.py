@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -76,7 +75,7 @@ def make_parser(description):
         "--batch-size", type=whole_number(1), default=100, metavar="N", help="images per step (default: %(default)s)"
     )
     training.add_argument(
-        "--lr", type=learning_rate, default=0.001, help="learning rate of Adam (default: %(default)s)"
+        "--lr", type=learning_rate, help="learning rate of Adam (default: 0.001, with --one-cycle a peak of 0.01)"
     )
     training.add_argument(
         "--device",
@@ -91,6 +90,12 @@ def make_parser(description):
         default=0,
         metavar="N",
         help="the same seed, machine and options give the same weights (default: %(default)s)",
+    )
+
+    training.add_argument("--one-cycle", action="store_true", help="let the learning rate rise to --lr, then fall to 0")
+    training.add_argument("--augment", action="store_true", help="turn, scale and shift each training image at random")
+    training.add_argument(
+        "--amp", action="store_true", help="bfloat16 mixed precision; slower on processors that lack its instructions"
     )
 
     data = parser.add_argument_group("data")
@@ -108,6 +113,13 @@ def make_parser(description):
         "--limit", type=whole_number(1), metavar="N", help="train on the first N training images (default: all)"
     )
     return parser
+
+
+def parse_args(parser, argv):
+    """Return the options in `argv`, those whose default depends on another one filled in."""
+    args = parser.parse_args(argv)
+    args.lr = args.lr or (0.01 if args.one_cycle else 0.001)
+    return args
 
 
 def run(main):
@@ -134,13 +146,13 @@ def run(main):
 # ---- data ----
 
 
-def random_affine(images, degrees, scale, shift, generator):
-    """Turn, scale and shift each image at random, each in its own way.
+def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
+    """Turn, scale and shift each image at random, each in its own way, on the device that they are on.
 
-    images: (N, C, H, W) float; degrees, scale and shift bound the three: the angle, the change of size as a
-    fraction, and the move in pixels along each axis. Returns (N, C, H, W); what comes in from outside is 0.
+    images: (N, C, H, W) float. degrees, scale and shift are the most that the angle, the size (as a fraction) and
+    the position (in pixels along each axis) change by. Returns (N, C, H, W); what comes in from outside is 0.
     """
-    angle, size, dx, dy = torch.rand(4, len(images), generator=generator).mul(2).sub(1)  # each (N,) in [-1, 1)
+    angle, size, dx, dy = torch.rand(4, len(images), device=images.device, generator=generator) * 2 - 1
     angle, size = angle * math.radians(degrees), 1 + size * scale
     cos, sin = angle.cos() / size, angle.sin() / size
     # affine_grid wants, for each output pixel, the input position it comes from; an image is 2 units wide there.
@@ -195,21 +207,34 @@ def read_dataset(name, data_dir):
     return [(split.data, split.targets) for split in splits]
 
 
-def make_loader(images, labels, batch_size, generator=None):
-    """Return a loader over images (N, 1, 28, 28) and labels (N,); `generator` shuffles them anew in each pass."""
-    dataset = TensorDataset(images, labels)
-    sampler = RandomSampler(dataset, generator=generator) if generator else SequentialSampler(dataset)
-    # The sampler yields lists of indices, so that a batch is one indexing operation, not 100 items put together.
-    batches = BatchSampler(sampler, batch_size, drop_last=False)
-    return DataLoader(dataset, sampler=batches, batch_size=None, generator=generator)
+class Loader:
+    """Batches of images (N, 1, 28, 28) and labels (N,), cut from tensors that stay on their device.
+
+    torch's DataLoader would copy a list of indices to the device for each batch, and wait for it. This one copies an
+    order per pass. A generator shuffles each pass anew; without one, the order is that of the tensors.
+    """
+
+    def __init__(self, images, labels, batch_size, generator=None):
+        self.images, self.labels, self.batch_size, self.generator = images, labels, batch_size, generator
+
+    def __len__(self):
+        return math.ceil(len(self.labels) / self.batch_size)
+
+    def __iter__(self):
+        if self.generator:
+            order = torch.randperm(len(self.labels), generator=self.generator).to(self.labels.device)
+        else:
+            order = torch.arange(len(self.labels), device=self.labels.device)
+        for indices in order.split(self.batch_size):
+            yield self.images[indices], self.labels[indices]
 
 
 def make_loaders(args):
-    """Return the training and the test loader that the options ask for, all images on the device.
+    """Return the training and the test loader that the options ask for, their tensors on the device.
 
     Raises UserError where the data set cannot be had.
     """
-    # Generators of their own, so that nothing else that draws random numbers changes the digits or their order.
+    # A generator of its own: nothing else that draws random numbers changes the digits or their order.
     generator = torch.Generator().manual_seed(args.seed)
     if args.dataset == "synthetic":
         train, test = [draw_digits(count, generator) for count in (60_000, 10_000)]
@@ -220,10 +245,8 @@ def make_loaders(args):
         return images.unsqueeze(1).to(args.device).float().div_(255), labels.to(args.device)
 
     train_images, train_labels = on_device(*(tensor[: args.limit] for tensor in train))
-    return (
-        make_loader(train_images, train_labels, args.batch_size, generator),
-        make_loader(*on_device(*test), TEST_BATCH_SIZE),
-    )
+    train_loader = Loader(train_images, train_labels, args.batch_size, generator)
+    return train_loader, Loader(*on_device(*test), TEST_BATCH_SIZE)
 
 
 def set_seed(seed):
@@ -242,7 +265,7 @@ def describe(args, model, train_loader, test_loader):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return (
         f"Device: {args.device}, Model: {type(model).__name__} ({parameters:,} parameters), Data: {args.dataset} "
-        f"({len(train_loader.dataset):,} training and {len(test_loader.dataset):,} test images)"
+        f"({len(train_loader.labels):,} training and {len(test_loader.labels):,} test images)"
     )
 
 

@@ -7,6 +7,7 @@ python rnn_mnist.py --dataset synthetic --epochs 1
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 
 import common
 
@@ -35,23 +36,31 @@ def main(argv=None):
     group.add_argument(
         "--layers", type=common.whole_number(1), default=2, metavar="N", help="stacked LSTMs (default: %(default)s)"
     )
-    args = parser.parse_args(argv)
+    args = common.parse_args(parser, argv)
     train_loader, test_loader = common.make_loaders(args)
     common.set_seed(args.seed)
     model = RNN(args.hidden, args.layers).to(args.device)
     criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # one pass over all weights
     print(common.describe(args, model, train_loader, test_loader))
 
     steps = len(train_loader)
+    scheduler = None
+    if args.one_cycle and args.epochs:
+        scheduler = OneCycleLR(optimizer, max_lr=args.lr, total_steps=args.epochs * steps)
     for epoch in range(1, args.epochs + 1):
         start = common.clock(args.device)
         for step, (images, labels) in enumerate(train_loader, start=1):
-            logits = model(images)
-            loss = criterion(logits, labels)
+            if args.augment:
+                images = common.random_affine(images)
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+                logits = model(images)
+                loss = criterion(logits, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if scheduler:
+                scheduler.step()
             if step % 100 == 0 or step == steps:
                 common.check_finite(loss, epoch, step)
                 print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
