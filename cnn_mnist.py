@@ -33,9 +33,14 @@ class CNN(nn.Module):
 def main(argv=None):
     """Train and evaluate as the command line `argv` says; return the trained model."""
     args = common.parse_args(common.make_parser(__doc__), argv)
-    train_loader, test_loader = common.make_loaders(args)
     common.set_seed(args.seed)
     model = CNN().to(args.device, memory_format=torch.channels_last)
+    if args.load:
+        common.load_weights(model, args)
+    if args.predict:
+        common.predict_pictures(model, args)
+        return model
+    train_loader, test_loader = common.make_loaders(args)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # one pass over all weights
     print(common.describe(args, model, train_loader, test_loader))
@@ -66,12 +71,17 @@ def main(argv=None):
             f"Epoch [{epoch}/{args.epochs}], Test loss: {test_loss:.4f}, "
             f"Test accuracy: {accuracy:.2%}, Time: {seconds:.2f} s"
         )
+        if args.save:
+            common.save_weights(model, args, epoch)
     if args.epochs:
         print("Training finished.")
     else:
         test_loss, accuracy, confusion = common.evaluate(model, test_loader)
         print(f"Test loss: {test_loss:.4f}, Test accuracy: {accuracy:.2%}")
-    common.print_table(confusion)
+    classes = common.class_names(args.dataset)
+    common.print_table(confusion, classes)
+    if args.errors:
+        common.draw_errors(args.errors, model, test_loader, classes)
     return model
 
 

@@ -5,31 +5,40 @@ A split is two tensors that stay on the device: images (N, 1, 28, 28), float32 i
 """
 
 import argparse
+import contextlib
 import math
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision import datasets
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 
 DATASETS = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
 # Small enough for the activations of a batch to stay in a processor's cache.
 TEST_BATCH_SIZE = 200
+SIZES = ("hidden", "layers")  # the options that give a network its size, kept with its weights
 
 
 class UserError(Exception):
     """What whoever runs the script can mend; the text says what is wrong and what to do."""
 
 
+def one_line(error):
+    """Return an exception's text as one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 # ---- options and device ----
 
 
-def whole_number(minimum):
+def at_least(minimum):
     """Return an argparse type: an integer from `minimum` to 2**63 - 1, the most that a seed can be."""
 
     def parse(text):
@@ -63,62 +72,53 @@ def make_parser(description):
     """Return an argparse parser with the options of both scripts; its help page begins with `description`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--epochs",
-        type=whole_number(0),
-        default=10,
-        metavar="N",
-        help="passes over the training set; 0 evaluates only (default: %(default)s)",
-    )
-    training.add_argument(
-        "--batch-size", type=whole_number(1), default=100, metavar="N", help="images per step (default: %(default)s)"
-    )
-    training.add_argument(
-        "--lr", type=learning_rate, help="learning rate of Adam (default: 0.001, with --one-cycle a peak of 0.01)"
-    )
-    training.add_argument(
-        "--device",
-        type=find_device,
-        default="auto",
-        metavar="NAME",
-        help="cpu, cuda, cuda:1, mps, ...; auto is the accelerator, else the CPU (default: %(default)s)",
-    )
-    training.add_argument(
-        "--seed",
-        type=whole_number(0),
-        default=0,
-        metavar="N",
-        help="the same seed, machine and options give the same weights (default: %(default)s)",
-    )
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=at_least(0), default=10, metavar="N", help="passes; 0 evaluates only (default: %(default)s)")
+    add("--batch-size", type=at_least(1), default=100, metavar="N", help="images per step (default: %(default)s)")
+    add("--lr", type=learning_rate, help="learning rate of Adam (default: 0.001, with --one-cycle a peak of 0.01)")
+    add("--one-cycle", action="store_true", help="raise the learning rate to --lr, then lower it to 0, step by step")
+    add("--augment", action="store_true", help="turn, scale and shift each training image a little, at random")
+    add("--amp", action="store_true", help="bfloat16 mixed precision; can be slower on a CPU without bfloat16")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="repeats a run exactly (default: %(default)s)")
+    device_help = "cpu, cuda, cuda:1, mps, ...; auto is the accelerator, else the CPU (default: %(default)s)"
+    add("--device", type=find_device, default="auto", metavar="NAME", help=device_help)
 
-    training.add_argument("--one-cycle", action="store_true", help="let the learning rate rise to --lr, then fall to 0")
-    training.add_argument("--augment", action="store_true", help="turn, scale and shift each training image at random")
-    training.add_argument(
-        "--amp", action="store_true", help="bfloat16 mixed precision; slower on processors that lack its instructions"
-    )
+    add = parser.add_argument_group("data").add_argument
+    names = [*DATASETS, "synthetic"]
+    add("--dataset", choices=names, default="mnist", metavar="NAME", help=f"{', '.join(names)} (default: %(default)s)")
+    add("--data-dir", default="data", metavar="DIR", help="where data sets are kept (default: %(default)s)")
+    add("--limit", type=at_least(1), metavar="N", help="train on the first N training images (default: all)")
 
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset",
-        choices=[*DATASETS, "synthetic"],
-        default="mnist",
-        metavar="NAME",
-        help=f"{', '.join(DATASETS)}, fetched once; or synthetic: digits drawn on the spot (default: %(default)s)",
-    )
-    data.add_argument(
-        "--data-dir", default="data", metavar="DIR", help="where data sets are kept (default: %(default)s)"
-    )
-    data.add_argument(
-        "--limit", type=whole_number(1), metavar="N", help="train on the first N training images (default: all)"
-    )
+    add = parser.add_argument_group("results").add_argument
+    add("--save", metavar="FILE", help="write the weights after each epoch")
+    add("--load", metavar="FILE", help="start from the weights in a file that --save wrote")
+    add("--predict", nargs="+", metavar="IMAGE", help="with --load: say which digit each picture shows, train nothing")
+    add("--errors", metavar="FILE", help="afterwards: a picture of test images that the network gets wrong")
     return parser
 
 
 def parse_args(parser, argv):
-    """Return the options in `argv`, those whose default depends on another one filled in."""
+    """Return the options in `argv`, completed: --lr by --one-cycle, the network's sizes by the file to --load.
+
+    `args.saved` is what that file holds, or None. Raises UserError where a file that an option names cannot serve.
+    """
     args = parser.parse_args(argv)
+    if args.predict and not args.load:
+        parser.error("argument --predict: needs the weights of a trained network, see --load")
+    saved = read_saved(args.load) if args.load else None
+    if saved:
+        sizes = {name: size for name, size in saved["sizes"].items() if name in SIZES and hasattr(args, name)}
+        parser.set_defaults(**sizes)
+        args = parser.parse_args(argv)
+        for name, size in sizes.items():
+            if getattr(args, name) != size:
+                raise UserError(f"--{name} {getattr(args, name)} does not fit {args.load}, whose --{name} is {size}")
+    args.saved = saved
     args.lr = args.lr or (0.01 if args.one_cycle else 0.001)
+    if args.save:
+        write_file(args.save, lambda path: torch.save({}, path), trial=True)
+    if args.errors:
+        write_file(args.errors, Image.new("RGB", (1, 1)).save, trial=True)
     return args
 
 
@@ -128,7 +128,7 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+        print(f"Interrupted. {last_saved}".strip(), file=sys.stderr)
         sys.exit(130)
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -138,7 +138,7 @@ def run(main):
         # A reader that has seen enough, as in `| head -1`, wants no message.
         sys.exit(1 if isinstance(error, BrokenPipeError) else f"error: {error}")
     except RuntimeError as error:  # torch has no error of its own for a CPU without enough memory
-        if "memory" not in str(error) and "Storage size" not in str(error):
+        if not any(words in str(error) for words in ("out of memory", "allocate memory", "Storage size")):
             raise
         sys.exit("error: out of memory; use a smaller --batch-size or a smaller network")
 
@@ -172,10 +172,8 @@ def draw_digits(count, generator):
         digits[digit] = pil_to_tensor(picture)
     labels = torch.randint(10, (count,), generator=generator)
     # Bent strongly, so that a network learns them about as fast as MNIST. In parts, to stay in the cache.
-    bent = [
-        random_affine(digits[part], degrees=30, scale=0.4, shift=4, generator=generator) for part in labels.split(500)
-    ]
-    return torch.cat(bent).round().to(torch.uint8).squeeze(1), labels
+    images = torch.cat([random_affine(digits[part], 30, 0.4, 4, generator) for part in labels.split(500)])
+    return images.round().to(torch.uint8).squeeze(1), labels
 
 
 def read_dataset(name, data_dir):
@@ -194,16 +192,15 @@ def read_dataset(name, data_dir):
             if split.data.shape[1:] != (28, 28) or split.targets.max() > 9:
                 raise ValueError("not images of 28x28 pixels with labels from 0 to 9")
     except Exception as error:  # torchvision's reader has no error type of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
         there = all((folder / "raw" / Path(file).stem).is_file() for file, _ in dataset.resources)
         if there and not isinstance(error, OSError):
-            raise UserError(
-                f"{folder} is damaged ({reason}); delete that folder and run again to fetch it anew"
-            ) from error
-        raise UserError(
-            f"cannot read or fetch {dataset.__name__} ({reason}); name the folder that holds it with --data-dir, "
-            "or train on drawn digits with --dataset synthetic"
-        ) from error
+            advice = f"{folder} is damaged ({one_line(error)}); delete that folder and run again to fetch it anew"
+        else:
+            advice = (
+                f"cannot read or fetch {dataset.__name__} ({one_line(error)}); name the folder that holds it with "
+                "--data-dir, or train on drawn digits with --dataset synthetic"
+            )
+        raise UserError(advice) from error
     return [(split.data, split.targets) for split in splits]
 
 
@@ -221,11 +218,9 @@ class Loader:
         return math.ceil(len(self.labels) / self.batch_size)
 
     def __iter__(self):
-        if self.generator:
-            order = torch.randperm(len(self.labels), generator=self.generator).to(self.labels.device)
-        else:
-            order = torch.arange(len(self.labels), device=self.labels.device)
-        for indices in order.split(self.batch_size):
+        count = len(self.labels)
+        order = torch.randperm(count, generator=self.generator) if self.generator else torch.arange(count)
+        for indices in order.to(self.labels.device).split(self.batch_size):
             yield self.images[indices], self.labels[indices]
 
 
@@ -283,23 +278,31 @@ def check_finite(loss, epoch, step):
 
 
 @torch.no_grad()
-def evaluate(model, loader):
-    """Return how well `model` does on `loader`, and leave both the model's mode and the random state as they were.
+def predict(model, loader):
+    """Return the logits (N, C) and the labels (N,) of all samples, on the model's device.
 
-    model: maps images to logits (N, C). loader: any iterable of batches (images, labels (N,)), on any device.
-    Returns the mean cross-entropy per sample, the accuracy in [0, 1], and the confusion matrix, int64 (C, C) on the
-    CPU with a row per true and a column per predicted class. Raises ValueError where the loader has no batch.
+    model: maps images to logits (N, C). loader: any iterable of batches (images, labels (N,)), on any device. Leaves
+    the model's mode and the random state as they were. Raises ValueError where the loader has no batch.
     """
     modes = [(module, module.training) for module in model.modules()]
-    where = next(model.parameters()).device
+    device = next(model.parameters()).device
     model.eval()
     try:
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed in each pass
-            batches = [(model(images.to(where)), labels.to(where)) for images, labels in loader]
+            batches = [(model(images.to(device)), labels.to(device)) for images, labels in loader]
     finally:
         for module, mode in modes:
             module.training = mode
-    logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))  # (N, C), (N,)
+    logits, labels = zip(*batches, strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def evaluate(model, loader):
+    """Return the mean loss per sample, the accuracy in [0, 1] and the confusion matrix; see predict for the rest.
+
+    The loss is the cross-entropy. The matrix is int64 (C, C) on the CPU, a row per true, a column per predicted class.
+    """
+    logits, labels = predict(model, loader)
     classes = logits.shape[1]
     pairs = labels * classes + logits.argmax(dim=1)
     confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
@@ -316,8 +319,186 @@ def per_class(confusion):
     return hits / predicted.clamp(min=1), hits / count.clamp(min=1), f1, count
 
 
-def print_table(confusion):
+def class_names(dataset):
+    """Return the names of the ten classes of the data set that --dataset calls so."""
+    return DATASETS[dataset].classes if dataset in ("fashion-mnist", "kmnist") else list("0123456789")
+
+
+def print_table(confusion, classes):
     """Print precision, recall, F1 and count of each class."""
-    print(f"{'Class':<8}{'Precision':>10}{'Recall':>10}{'F1':>10}{'Count':>10}")
-    for label, (precision, recall, f1, count) in enumerate(zip(*per_class(confusion), strict=True)):
-        print(f"{label:<8}{precision:>10.4f}{recall:>10.4f}{f1:>10.4f}{count:>10}")
+    print(f"{'Class':<12}{'Precision':>10}{'Recall':>10}{'F1':>10}{'Count':>10}")
+    for name, precision, recall, f1, count in zip(classes, *per_class(confusion), strict=True):
+        print(f"{name:<12}{precision:>10.4f}{recall:>10.4f}{f1:>10.4f}{count:>10}")
+
+
+def draw_errors(file, model, loader, classes):
+    """Draw up to 100 images of a Loader that the model gets wrong, the most confident mistake first.
+
+    The ending of `file` says in which format. Raises UserError where it cannot be written.
+    """
+    logits, labels = predict(model, loader)
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    wrong = (predicted != labels).nonzero().squeeze(1)
+    if not len(wrong):
+        print(f"No mistakes, so {file} is not written.")
+        return
+    font, cells = ImageFont.load_default(size=13), []
+    for i in wrong[confidence[wrong].argsort(descending=True)][:100].tolist():
+        cell = Image.new("L", (120, 140), "white")
+        cell.paste(to_pil_image(loader.images[i]).resize((84, 84), Image.Resampling.NEAREST), (18, 4))
+        text = f"true: {classes[labels[i]]}\nsaid: {classes[predicted[i]]}\n{confidence[i]:.1%} sure"
+        ImageDraw.Draw(cell).multiline_text((18, 90), text, fill="black", font=font, spacing=2)
+        cells.append(pil_to_tensor(cell))
+    write_file(file, to_pil_image(make_grid(cells, nrow=10, pad_value=255)).save)
+    print(f"{file} shows {len(cells)} of {len(wrong)} mistakes.")
+
+
+# ---- saving and loading ----
+
+last_saved = ""  # for whoever interrupts: which file holds the weights after which epoch
+
+
+def write_file(file, write, trial=False):
+    """Let write(path) write `file`, which is replaced as a whole or not at all; a trial leaves it as it is.
+
+    Raises UserError where the file cannot be written.
+    """
+    path = Path(file).resolve()
+    # Beside it, as only a move within a file system is one step; with its ending, from which Pillow takes the format.
+    part = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")
+        write(part)
+        if not trial:
+            part.replace(path)
+    except (OSError, RuntimeError, ValueError) as error:  # torch raises RuntimeError, Pillow ValueError
+        raise UserError(f"cannot write {file} ({one_line(error)}); name another place") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def save_weights(model, args, epoch):
+    """Write to --save the weights and what is needed to build the network again; see write_file."""
+    global last_saved
+    content = {
+        "model": type(model).__name__,
+        "sizes": {name: getattr(args, name) for name in SIZES if hasattr(args, name)},
+        "classes": class_names(args.dataset),
+        "weights": model.state_dict(),
+    }
+    write_file(args.save, lambda path: torch.save(content, path))
+    last_saved = f"{args.save} holds the weights after epoch {epoch}."
+
+
+def read_saved(file):
+    """Return what save_weights wrote to `file`, its tensors on the CPU. Raises UserError for any other file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is odd about the file is an error anyway
+            saved = torch.load(file, map_location="cpu", weights_only=True)  # data only: no code in it is run
+        if set(saved) != {"model", "sizes", "classes", "weights"}:
+            raise ValueError("other content")
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({one_line(error)}); --load takes a file that --save wrote") from error
+    except Exception as error:  # depending on where the file is odd, torch.load raises about anything
+        raise UserError(f"{file} is damaged, or no file that --save wrote; train again with --save") from error
+    return saved
+
+
+def load_weights(model, args):
+    """Give the model the weights from --load. Raises UserError where they are those of another network."""
+    name = type(model).__name__
+    if args.saved["model"] != name:
+        raise UserError(f"{args.load} holds a network of the other script, {args.saved['model']}, not {name}")
+    try:
+        model.load_state_dict(args.saved["weights"])
+    except RuntimeError as error:
+        raise UserError(f"{args.load} does not fit the network {name}; train again with --save") from error
+
+
+# ---- pictures of your own ----
+
+
+def grey_levels(image):
+    """Return a Pillow image as grey levels (H, W), float in [0, 255]; what is transparent becomes paper."""
+    if image.has_transparency_data:
+        grey, alpha = pil_to_tensor(image.convert("RGBA").convert("LA")).float()  # each (H, W)
+        drawn = grey[alpha > 127].median()
+        # Paper like most of the picture; where most of it is transparent, in contrast to what is drawn on it.
+        paper = drawn if (alpha > 127).float().mean() > 0.5 else 255 * (drawn < 128)
+        return paper + (grey - paper).nan_to_num() * alpha / 255
+    if image.mode[0] in "IF":  # 16 or 32 bits per pixel
+        grey = pil_to_tensor(image)[0].float()
+        return grey * 255 / grey.max().clamp(min=1)
+    return pil_to_tensor(image.convert("L"))[0].float()
+
+
+def scale_to(images, longest):
+    """Return images (N, C, H, W) scaled so that the longer side has `longest` pixels."""
+    size = [max(1, round(side * longest / max(images.shape[2:]))) for side in images.shape[2:]]
+    return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+
+def mnist_form(grey):
+    """Bring the digit in a picture into the form of MNIST's: grey levels (H, W) in [0, 255] to (1, 28, 28) in [0, 1].
+
+    The digit may be dark on light or the reverse, of any size, anywhere. As in LeCun, Bottou, Bengio and Haffner,
+    "Gradient-based learning applied to document recognition" (1998), it is scaled to fit 20x20 pixels, and moved until
+    its centre of mass is the centre: pixel (14, 14), as it is in MNIST's files. Raises ValueError where there is none.
+    """
+    grey = grey[None, None]  # (1, 1, H, W)
+    if max(grey.shape) > 256:
+        grey = scale_to(grey, 256)  # enough for a digit of 20 pixels, with less noise
+    if grey.median() - grey.min() < grey.max() - grey.median():  # more paper than ink: the paper is dark
+        grey = 255 - grey
+    # The paper's level, which need not be the same everywhere: a grid of 16x16 in which what is darker than all around
+    # is filled in (a morphological closing), blurred.
+    closed = -F.max_pool2d(-F.max_pool2d(F.adaptive_max_pool2d(grey, 16), 5, 1, 2), 5, 1, 2)
+    blurred = F.avg_pool2d(closed, 3, 1, 1, count_include_pad=False)
+    ink = F.interpolate(blurred, size=grey.shape[2:], mode="bilinear") - grey
+    ink = ink - ink.median()
+    noise = 1.4826 * ink.abs().median()  # as a standard deviation, if it is normal
+    if ink.max() < 8 * noise + 12:
+        raise ValueError("there is nothing on it")
+    ink = ((ink - 4 * noise) / (ink.max() - 4 * noise)).clamp(0, 1)
+    drawn = ink[0, 0] > 0.25
+    rows, columns = drawn.any(dim=1).nonzero(), drawn.any(dim=0).nonzero()
+    digit = scale_to(ink[:, :, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1], 20)
+    digit = digit / digit.max()
+    height, width = digit.shape[2:]
+    mass = digit[0, 0] / digit.sum()
+    top = round(14 - (mass.sum(dim=1) @ torch.arange(0.0, height)).item())
+    left = round(14 - (mass.sum(dim=0) @ torch.arange(0.0, width)).item())
+    top, left = min(max(top, 0), 28 - height), min(max(left, 0), 28 - width)
+    return F.pad(digit[0], (left, 28 - width - left, top, 28 - height - top))
+
+
+def read_picture(file):
+    """Return the digit in a picture file as mnist_form gives it. Raises UserError where there is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return mnist_form(grey_levels(ImageOps.exif_transpose(Image.open(file))))
+    except Exception as error:  # a broken picture makes Pillow raise about anything
+        raise UserError(f"cannot read a digit from {file}: {one_line(error)}") from error
+
+
+def predict_pictures(model, args):
+    """Print for each picture of --predict the class that the model gives it, and how sure it is.
+
+    Raises UserError, after all the others have been answered, for those that show nothing.
+    """
+    failures = []
+    for file in args.predict:
+        try:
+            image = read_picture(file)
+        except UserError as error:
+            failures.append(str(error))
+            continue
+        logits, _ = predict(model, [(image.unsqueeze(0), torch.zeros(1))])
+        confidence, label = logits[0].softmax(dim=0).max(dim=0)
+        print(f"{file}: {args.saved['classes'][label]} ({confidence:.1%})")
+    if failures:
+        raise UserError("; ".join(failures))

@@ -29,17 +29,18 @@ class RNN(nn.Module):
 def main(argv=None):
     """Train and evaluate as the command line `argv` says; return the trained model."""
     parser = common.make_parser(__doc__)
-    group = parser.add_argument_group("network")
-    group.add_argument(
-        "--hidden", type=common.whole_number(1), default=128, metavar="N", help="LSTM units (default: %(default)s)"
-    )
-    group.add_argument(
-        "--layers", type=common.whole_number(1), default=2, metavar="N", help="stacked LSTMs (default: %(default)s)"
-    )
+    add = parser.add_argument_group("network").add_argument
+    add("--hidden", type=common.at_least(1), default=128, metavar="N", help="units per LSTM (default: %(default)s)")
+    add("--layers", type=common.at_least(1), default=2, metavar="N", help="stacked LSTMs (default: %(default)s)")
     args = common.parse_args(parser, argv)
-    train_loader, test_loader = common.make_loaders(args)
     common.set_seed(args.seed)
     model = RNN(args.hidden, args.layers).to(args.device)
+    if args.load:
+        common.load_weights(model, args)
+    if args.predict:
+        common.predict_pictures(model, args)
+        return model
+    train_loader, test_loader = common.make_loaders(args)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # one pass over all weights
     print(common.describe(args, model, train_loader, test_loader))
@@ -70,12 +71,17 @@ def main(argv=None):
             f"Epoch [{epoch}/{args.epochs}], Test loss: {test_loss:.4f}, "
             f"Test accuracy: {accuracy:.2%}, Time: {seconds:.2f} s"
         )
+        if args.save:
+            common.save_weights(model, args, epoch)
     if args.epochs:
         print("Training finished.")
     else:
         test_loss, accuracy, confusion = common.evaluate(model, test_loader)
         print(f"Test loss: {test_loss:.4f}, Test accuracy: {accuracy:.2%}")
-    common.print_table(confusion)
+    classes = common.class_names(args.dataset)
+    common.print_table(confusion, classes)
+    if args.errors:
+        common.draw_errors(args.errors, model, test_loader, classes)
     return model
 
 

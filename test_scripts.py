@@ -3,8 +3,10 @@
 They need no network. Those that need the real MNIST use ./data, and are skipped where it is not there.
 """
 
+import io
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -13,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import datasets, transforms
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import cnn_mnist
 import common
@@ -208,9 +212,24 @@ def test_synthetic_digits_are_learned(script, capsys):
 
 @real_mnist
 @pytest.mark.parametrize(("script", "percent"), [(cnn_mnist, 96), (rnn_mnist, 92)], ids=["cnn_mnist", "rnn_mnist"])
-def test_real_mnist_is_learned(script, percent, capsys):
-    script.main(["--data-dir", str(HERE / "data"), "--epochs", "1"])
+def test_real_mnist_is_learned(script, percent, capsys, tmp_path):
+    model = script.main(["--data-dir", str(HERE / "data"), "--epochs", "1"])
     assert accuracies(capsys.readouterr().out)[0] >= percent
+    # Pictures of test images, large, dark on light, anywhere on a page, are recognized as well as the images.
+    test = datasets.MNIST(HERE / "data", train=False)
+    images, labels, torch_random = test.data[::50], test.targets[::50], torch.Generator().manual_seed(0)
+    pictures = []
+    for i, image in enumerate(images):
+        size, left, top = torch.randint(200, 400, (3,), generator=torch_random).tolist()
+        page = Image.new("L", (800, 800), "white")
+        page.paste(to_pil_image(255 - image).resize((size, size), Image.Resampling.BICUBIC), (left, top))
+        page.save(tmp_path / ("page.png", "page.jpg")[i % 2])
+        pictures.append(common.read_picture(tmp_path / ("page.png", "page.jpg")[i % 2]))
+    right = [
+        (common.predict(model, [(batch, labels)])[0].argmax(dim=1).cpu() == labels).sum()
+        for batch in (torch.stack(pictures), images.unsqueeze(1) / 255)
+    ]
+    assert right[0] >= right[1] - 4  # of 200
 
 
 # ---- the tutorial's bugs ----
@@ -424,8 +443,317 @@ def test_per_class_by_hand(capsys):
     assert recall.tolist() == pytest.approx([3 / 4, 4 / 6, 0])
     assert f1.tolist() == pytest.approx([6 / 10, 8 / 11, 0])
     assert count.tolist() == [4, 6, 1]
-    common.print_table(confusion)
-    assert capsys.readouterr().out.splitlines()[2].split() == ["1", "0.8000", "0.6667", "0.7273", "6"]
+    common.print_table(confusion, ["T-shirt/top", "Trouser", "Pullover"])
+    assert capsys.readouterr().out.splitlines()[2].split() == ["Trouser", "0.8000", "0.6667", "0.7273", "6"]
+
+
+# ---- saving and loading ----
+
+
+@each_script
+@each_device
+def test_save_and_load(script, device, train, tmp_path):
+    file = tmp_path / "weights.pt"
+    model, output = train(script, "--device", device, "--epochs", 2, "--save", file)
+    loaded, evaluated = train(script, "--device", device, "--epochs", 0, "--load", file)
+    assert same_weights(model, loaded)
+    assert accuracies(evaluated) == accuracies(output)[-1:]
+    assert "finished" not in evaluated
+    continued, _ = train(script, "--device", device, "--epochs", 1, "--load", file)
+    assert not same_weights(model, continued)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["weights.pt"]
+
+
+def test_load_takes_the_sizes_from_the_file(train, fail, tmp_path):
+    file = tmp_path / "weights.pt"
+    train(rnn_mnist, "--epochs", 1, "--hidden", 16, "--layers", 1, "--save", file)
+    model, _ = train(rnn_mnist, "--epochs", 0, "--load", file)
+    assert (model.lstm.hidden_size, model.lstm.num_layers) == (16, 1)
+    train(rnn_mnist, "--epochs", 0, "--load", file, "--hidden", 16)
+    status, message = fail(rnn_mnist, "--load", file, "--hidden", 128)
+    assert status == 1
+    assert f"--hidden 128 does not fit {file}, whose --hidden is 16" in message
+
+
+@pytest.mark.parametrize("error", [RuntimeError("disk full"), OSError("disk full"), KeyboardInterrupt()], ids=repr)
+def test_a_save_that_fails_leaves_the_former_file(error, tmp_path, train, monkeypatch):
+    file = tmp_path / "weights.pt"
+    train(cnn_mnist, "--epochs", 1, "--save", file)
+    former, save = file.read_bytes(), torch.save
+
+    def fail_half_way(content, path):
+        save(content, path)
+        if content:  # not the trial before the first step
+            Path(path).write_bytes(Path(path).read_bytes()[:1000])
+            raise error
+
+    monkeypatch.setattr(torch, "save", fail_half_way)
+    with pytest.raises((common.UserError, KeyboardInterrupt)):
+        train(cnn_mnist, "--epochs", 1, "--save", file)
+    assert file.read_bytes() == former
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["weights.pt"]
+
+
+@pytest.mark.parametrize("option", ["--save", "--errors"])
+@pytest.mark.parametrize("place", ["missing/file.png", ".", "file/file.png", os.devnull])
+def test_a_place_that_cannot_be_written(option, place, data_dir, fail, capsys):
+    (data_dir / "file").touch()
+    status, message = fail(cnn_mnist, "--data-dir", data_dir, option, data_dir / place)
+    assert status == 1
+    assert "\n" not in message
+    assert f"cannot write {data_dir / place}" in message
+    assert capsys.readouterr().out == ""  # before the first step
+
+
+def test_interrupt_says_what_is_saved(data_dir, fail, monkeypatch):
+    evaluations, evaluate = [], common.evaluate
+
+    def interrupt_the_third(model, loader):
+        evaluations.append(model)
+        if len(evaluations) == 3:
+            raise KeyboardInterrupt
+        return evaluate(model, loader)
+
+    monkeypatch.setattr(common, "evaluate", interrupt_the_third)
+    file = data_dir / "weights.pt"
+    status, message = fail(cnn_mnist, "--data-dir", data_dir, "--save", file)
+    assert status == 130
+    assert message == f"Interrupted. {file} holds the weights after epoch 2.\n"
+
+
+class Trace:
+    """What a harmful file would hold: unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "tensor", "dictionary", "code", "zipped code"])
+def test_load_refuses_another_file(kind, tmp_path, train, fail):
+    file, trace = tmp_path / "weights.pt", tmp_path / "trace"
+    train(cnn_mnist, "--epochs", 1, "--save", file)
+    if kind == "text":
+        file.write_text("seven")
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "truncated":
+        file.write_bytes(file.read_bytes()[:-1000])
+    elif kind == "tensor":
+        torch.save(torch.zeros(3), file)
+    elif kind == "dictionary":
+        torch.save(cnn_mnist.CNN().state_dict(), file)
+    elif kind == "code":
+        file.write_bytes(pickle.dumps(Trace(trace)))
+    else:
+        torch.save({"weights": Trace(trace)}, file)
+    status, message = fail(cnn_mnist, "--load", file)
+    assert status == 1
+    assert "\n" not in message
+    assert f"{file} is damaged, or no file that --save wrote" in message
+    assert not trace.exists()
+
+
+def test_load_refuses_what_is_not_there_or_not_its_own(tmp_path, train, fail):
+    file = tmp_path / "weights.pt"
+    status, message = fail(cnn_mnist, "--load", file)
+    assert status == 1
+    assert "No such file" in message
+    for script, other in (SCRIPTS, reversed(SCRIPTS)):
+        train(script, "--epochs", 1, "--save", file)
+        status, message = fail(other, "--load", file)
+        assert status == 1
+        assert "a network of the other script" in message
+
+
+def test_weights_saved_on_a_gpu_load_on_a_cpu(tmp_path, train, monkeypatch):
+    file = tmp_path / "weights.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")  # as if they lay there
+        model, _ = train(cnn_mnist, "--epochs", 1, "--save", file)
+    assert same_weights(train(cnn_mnist, "--epochs", 0, "--load", file)[0], model)
+
+
+# ---- pictures of your own ----
+
+
+def draw_page(digit, size=200, page=(500, 400), at=(250, 120), ink=0, paper=255):
+    """A picture of one digit, dark on light, off the middle."""
+    picture = Image.new("L", page, paper)
+    ImageDraw.Draw(picture).text(at, str(digit), fill=ink, font=ImageFont.load_default(size=size))
+    return picture
+
+
+def lit_from_the_left(picture):
+    return to_pil_image((pil_to_tensor(picture) * torch.linspace(1, 0.4, picture.width)).to(torch.uint8))
+
+
+def on_glass(picture, ink):
+    glass = Image.new("RGBA", picture.size, (ink, ink, ink, 0))
+    glass.putalpha(ImageOps.invert(picture))
+    return glass
+
+
+def with_clear_frame(picture):
+    framed = Image.new("RGBA", (picture.width + 40, picture.height + 40), (0, 0, 0, 0))
+    framed.paste(picture, (20, 20))
+    return framed
+
+
+def turned_by_exif(picture):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # orientation: to be shown turned a quarter clockwise
+    picture.transpose(Image.Transpose.ROTATE_90).save(file, "JPEG", exif=exif)
+    return Image.open(file)
+
+
+def with_16_bits(picture):
+    values = pil_to_tensor(picture).to(torch.int32) * 257
+    return Image.frombytes("I;16", picture.size, values.to(torch.uint16).numpy().tobytes())
+
+
+FORMS = {
+    "elsewhere": lambda digit: draw_page(digit, at=(20, 150)),
+    "on a larger page": lambda digit: draw_page(digit, page=(900, 1300)),
+    "small": lambda digit: draw_page(digit, size=100),
+    "light on dark": lambda digit: ImageOps.invert(draw_page(digit)),
+    "pencil": lambda digit: draw_page(digit, ink=140, paper=200),
+    "lit from the left": lambda digit: lit_from_the_left(draw_page(digit)),
+    "dark on glass": lambda digit: on_glass(draw_page(digit), 0),
+    "light on glass": lambda digit: on_glass(draw_page(digit), 255),
+    "with a clear frame": lambda digit: with_clear_frame(draw_page(digit)),
+    "turned by EXIF": lambda digit: turned_by_exif(draw_page(digit)),
+    "16 bits": lambda digit: with_16_bits(draw_page(digit)),
+    "palette": lambda digit: draw_page(digit).convert("P"),
+    "colour": lambda digit: ImageOps.colorize(draw_page(digit), "darkred", "lightyellow"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_picture_of_any_form(form, tmp_path):
+    for digit in (2, 4, 7):
+        draw_page(digit).save(tmp_path / "plain.png")
+        picture = FORMS[form](digit)
+        picture.save(tmp_path / "other.png", exif=picture.getexif())
+        plain, other = (common.read_picture(tmp_path / name) for name in ("plain.png", "other.png"))
+        assert plain.shape == other.shape == (1, 28, 28)
+        assert (plain.min(), plain.max()) == (0, 1)
+        rows, columns = (plain[0].any(dim=dim).nonzero() for dim in (1, 0))
+        assert max(rows.max() - rows.min(), columns.max() - columns.min()) + 1 == 20
+        # Rounding may put the centre of mass one pixel further.
+        shifted = [other.roll((y, x), dims=(1, 2)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+        assert min((plain - image).abs().sum() for image in shifted) < 0.25 * plain.sum()
+
+
+def test_centre_of_mass_of_a_picture_is_where_mnist_has_it(tmp_path):
+    for digit in range(10):
+        image = common.mnist_form(common.grey_levels(draw_page(digit)))[0]
+        for dim in (0, 1):
+            assert image.sum(dim=dim) @ torch.arange(28.0) / image.sum() == pytest.approx(14, abs=0.51)
+
+
+@each_script
+def test_predict(script, data_dir, train, fail, capsys):
+    """The pictures that can be read are answered, the others are named in the end. No data set is needed."""
+    file = data_dir / "weights.pt"
+    model, _ = train(script, "--epochs", 10, "--batch-size", 25, "--lr", 0.003, "--save", file)
+    wanted = ""
+    for digit in range(3):
+        draw_page(digit).save(data_dir / f"{digit}.png")
+        logits, _ = common.predict(
+            model, [(common.read_picture(data_dir / f"{digit}.png").unsqueeze(0), torch.zeros(1))]
+        )
+        confidence, label = logits.softmax(dim=1).max(dim=1)
+        wanted += f"{data_dir / str(digit)}.png: {label.item()} ({confidence.item():.1%})\n"
+    Image.new("L", (300, 200), 250).save(data_dir / "blank.png")
+    (data_dir / "text.png").write_text("seven")
+    pictures = [data_dir / f"{name}.png" for name in ("0", "blank", "text", "missing", "1", "2")]
+    options = ["--data-dir", data_dir / "missing", "--load", file]
+    script.main([str(option) for option in [*options, "--predict", *pictures[:1]]])
+    assert capsys.readouterr().out == wanted.splitlines(keepends=True)[0]
+    status, message = fail(script, *options, "--predict", *pictures)
+    assert status == 1
+    assert capsys.readouterr().out == wanted
+    assert "\n" not in message
+    for name, reason in (("blank", "there is nothing on it"), ("text", "cannot identify"), ("missing", "No such file")):
+        assert f"cannot read a digit from {data_dir / name}.png: " in message
+        assert reason in message
+    assert fail(script, "--predict", *pictures)[0] == 2  # without --load
+
+
+def test_picture_that_is_too_large(tmp_path, monkeypatch):
+    draw_page(7).save(tmp_path / "7.png")
+    for limit in (500 * 400 - 1, 500 * 400 // 2 - 1):  # Pillow warns over its limit, and refuses over twice that
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(common.UserError, match="exceeds limit"):
+            common.read_picture(tmp_path / "7.png")
+
+
+# ---- pictures of mistakes, names of classes ----
+
+
+class Brightness(nn.Module):
+    """Says class 0, the surer the brighter the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1.0, 0.0]))
+
+    def forward(self, images):
+        return images.mean(dim=(1, 2, 3)).unsqueeze(1) * self.scale
+
+
+@each_device
+def test_errors_most_confident_first(device, tmp_path, capsys):
+    torch.manual_seed(0)
+    images = torch.rand(130, 1, 28, 28, device=device) * torch.linspace(0.1, 1, 130, device=device).view(-1, 1, 1, 1)
+    images = (images * 255).round() / 255
+    labels = torch.ones(130, dtype=torch.int64, device=device)
+    labels[-1] = 0  # the brightest is right
+    file, model = tmp_path / "errors.png", Brightness().to(device)
+    common.draw_errors(file, model, common.Loader(images, labels, 50), ["zero", "one"])
+    assert capsys.readouterr().out == f"{file} shows 100 of 129 mistakes.\n"
+    sheet = pil_to_tensor(Image.open(file))[0]
+    found = [(sheet == value).sum() for value in (0, 255)]
+    assert found[1] > found[0]  # mostly white
+    cells = sheet[2:, 2:].unfold(0, 140, 142).unfold(1, 120, 122)  # (10, 10, 140, 120), make_grid's padding being 2
+    assert cells.shape[:2] == (10, 10)
+    for place, image in ((0, images[128]), (1, images[127]), (99, images[29])):
+        shown = cells[place // 10, place % 10, 4:88:3, 18:102:3]
+        assert torch.equal(shown, (image[0] * 255).round().to(torch.uint8).cpu())
+        assert (cells[place // 10, place % 10, 90:] < 128).sum() > 100  # there is text below
+
+
+def test_errors_without_a_mistake(tmp_path, capsys):
+    loader = common.Loader(torch.rand(3, 1, 28, 28), torch.zeros(3, dtype=torch.int64), 2)
+    common.draw_errors(tmp_path / "errors.png", Brightness(), loader, ["zero", "one"])
+    assert "No mistakes" in capsys.readouterr().out
+    assert not (tmp_path / "errors.png").exists()
+
+
+def test_errors_in_a_format_of_the_reader_s_choice(train, data_dir):
+    for suffix in ("png", "jpg", "webp", "pdf"):
+        _, output = train(cnn_mnist, "--epochs", 1, "--errors", data_dir / f"errors.{suffix}")
+        assert f"errors.{suffix} shows" in output
+        assert (data_dir / f"errors.{suffix}").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("option", "folder", "names"), [
+    ("fashion-mnist", "FashionMNIST", ["T-shirt/top", "Ankle boot"]),
+    ("kmnist", "KMNIST", ["o", "wo"]),
+])  # fmt: skip
+def test_class_names(option, folder, names, data_dir, train, capsys):
+    (data_dir / "MNIST").rename(data_dir / folder)
+    file = data_dir / "weights.pt"
+    _, output = train(cnn_mnist, "--dataset", option, "--epochs", 1, "--save", file)
+    lines = output.splitlines()[-10:]
+    assert [lines[0].rsplit(maxsplit=4)[0], lines[9].rsplit(maxsplit=4)[0]] == names
+    draw_page(7).save(data_dir / "7.png")
+    cnn_mnist.main(["--load", str(file), "--predict", str(data_dir / "7.png")])
+    answer = re.fullmatch(r".*7\.png: (.*) \(.*%\)\n", capsys.readouterr().out)
+    assert answer[1] in getattr(datasets, folder).classes
 
 
 # ---- bad input ----
