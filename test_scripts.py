@@ -479,7 +479,11 @@ def test_load_takes_the_sizes_from_the_file(train, fail, tmp_path):
 def test_a_save_that_fails_leaves_the_former_file(error, tmp_path, train, monkeypatch):
     file = tmp_path / "weights.pt"
     train(cnn_mnist, "--epochs", 1, "--save", file)
+    (tmp_path / "link").hardlink_to(file)
     former, save = file.read_bytes(), torch.save
+    train(cnn_mnist, "--epochs", 2, "--save", file)
+    assert file.read_bytes() != (tmp_path / "link").read_bytes() == former  # replaced, not written over
+    former = file.read_bytes()
 
     def fail_half_way(content, path):
         save(content, path)
@@ -491,13 +495,14 @@ def test_a_save_that_fails_leaves_the_former_file(error, tmp_path, train, monkey
     with pytest.raises((common.UserError, KeyboardInterrupt)):
         train(cnn_mnist, "--epochs", 1, "--save", file)
     assert file.read_bytes() == former
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["weights.pt"]
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"weights.pt", "link"}
 
 
 @pytest.mark.parametrize("option", ["--save", "--errors"])
-@pytest.mark.parametrize("place", ["missing/file.png", ".", "file/file.png", os.devnull])
+@pytest.mark.parametrize("place", ["missing/file.png", ".", "file/file.png", "pipe.png"])
 def test_a_place_that_cannot_be_written(option, place, data_dir, fail, capsys):
     (data_dir / "file").touch()
+    getattr(os, "mkfifo", os.mkdir)(data_dir / "pipe.png")  # what is no plain file, such as /dev/null, is not replaced
     status, message = fail(cnn_mnist, "--data-dir", data_dir, option, data_dir / place)
     assert status == 1
     assert "\n" not in message
@@ -609,9 +614,9 @@ def turned_by_exif(picture):
     return Image.open(file)
 
 
-def with_16_bits(picture):
-    values = pil_to_tensor(picture).to(torch.int32) * 257
-    return Image.frombytes("I;16", picture.size, values.to(torch.uint16).numpy().tobytes())
+def with_32_bits(picture):
+    values = pil_to_tensor(picture).to(torch.int32) * 65_537
+    return Image.frombytes("I", picture.size, values.numpy().tobytes())
 
 
 FORMS = {
@@ -625,7 +630,7 @@ FORMS = {
     "light on glass": lambda digit: on_glass(draw_page(digit), 255),
     "with a clear frame": lambda digit: with_clear_frame(draw_page(digit)),
     "turned by EXIF": lambda digit: turned_by_exif(draw_page(digit)),
-    "16 bits": lambda digit: with_16_bits(draw_page(digit)),
+    "32 bits": lambda digit: with_32_bits(draw_page(digit, ink=100, paper=220)),
     "palette": lambda digit: draw_page(digit).convert("P"),
     "colour": lambda digit: ImageOps.colorize(draw_page(digit), "darkred", "lightyellow"),
 }
@@ -636,8 +641,9 @@ def test_picture_of_any_form(form, tmp_path):
     for digit in (2, 4, 7):
         draw_page(digit).save(tmp_path / "plain.png")
         picture = FORMS[form](digit)
-        picture.save(tmp_path / "other.png", exif=picture.getexif())
-        plain, other = (common.read_picture(tmp_path / name) for name in ("plain.png", "other.png"))
+        name = "other.tiff" if picture.mode == "I" else "other.png"
+        picture.save(tmp_path / name, exif=picture.getexif())
+        plain, other = common.read_picture(tmp_path / "plain.png"), common.read_picture(tmp_path / name)
         assert plain.shape == other.shape == (1, 28, 28)
         assert (plain.min(), plain.max()) == (0, 1)
         rows, columns = (plain[0].any(dim=dim).nonzero() for dim in (1, 0))
@@ -716,14 +722,14 @@ def test_errors_most_confident_first(device, tmp_path, capsys):
     common.draw_errors(file, model, common.Loader(images, labels, 50), ["zero", "one"])
     assert capsys.readouterr().out == f"{file} shows 100 of 129 mistakes.\n"
     sheet = pil_to_tensor(Image.open(file))[0]
-    found = [(sheet == value).sum() for value in (0, 255)]
-    assert found[1] > found[0]  # mostly white
     cells = sheet[2:, 2:].unfold(0, 140, 142).unfold(1, 120, 122)  # (10, 10, 140, 120), make_grid's padding being 2
     assert cells.shape[:2] == (10, 10)
     for place, image in ((0, images[128]), (1, images[127]), (99, images[29])):
         shown = cells[place // 10, place % 10, 4:88:3, 18:102:3]
         assert torch.equal(shown, (image[0] * 255).round().to(torch.uint8).cpu())
         assert (cells[place // 10, place % 10, 90:] < 128).sum() > 100  # there is text below
+    common.draw_errors(file, model, common.Loader(images[:12], labels[:12], 50), ["zero", "one"])
+    assert pil_to_tensor(Image.open(file))[0, -140:, -900:].min() == 255  # nothing where there are no more mistakes
 
 
 def test_errors_without_a_mistake(tmp_path, capsys):
