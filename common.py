@@ -6,6 +6,7 @@ A split is two tensors that stay on the device: images (N, 1, 28, 28), float32 i
 
 import argparse
 import contextlib
+import io
 import math
 import os
 import sys
@@ -30,9 +31,9 @@ class UserError(Exception):
     """What whoever runs the script can mend; the text says what is wrong and what to do."""
 
 
-def one_line(error):
-    """Return an exception's text as one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+def reason(error):
+    """Return in one line what an exception says, of an OSError what the system says."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
 # ---- options and device ----
@@ -116,7 +117,7 @@ def parse_args(parser, argv):
     args.saved = saved
     args.lr = args.lr or (0.01 if args.one_cycle else 0.001)
     if args.save:
-        write_file(args.save, lambda path: torch.save({}, path), trial=True)
+        write_file(args.save, Path.touch, trial=True)
     if args.errors:
         write_file(args.errors, Image.new("RGB", (1, 1)).save, trial=True)
     return args
@@ -194,11 +195,11 @@ def read_dataset(name, data_dir):
     except Exception as error:  # torchvision's reader has no error type of its own
         there = all((folder / "raw" / Path(file).stem).is_file() for file, _ in dataset.resources)
         if there and not isinstance(error, OSError):
-            advice = f"{folder} is damaged ({one_line(error)}); delete that folder and run again to fetch it anew"
+            advice = f"{folder} is damaged ({reason(error)}); delete that folder and run again to fetch it anew"
         else:
             advice = (
-                f"cannot read or fetch {dataset.__name__} ({one_line(error)}); name the folder that holds it with "
-                "--data-dir, or train on drawn digits with --dataset synthetic"
+                f"{folder} cannot be read or fetched ({reason(error)}); name the folder that holds "
+                f"{dataset.__name__} with --data-dir, or train on drawn digits with --dataset synthetic"
             )
         raise UserError(advice) from error
     return [(split.data, split.targets) for split in splits]
@@ -372,8 +373,8 @@ def write_file(file, write, trial=False):
         write(part)
         if not trial:
             part.replace(path)
-    except (OSError, RuntimeError, ValueError) as error:  # torch raises RuntimeError, Pillow ValueError
-        raise UserError(f"cannot write {file} ({one_line(error)}); name another place") from error
+    except (OSError, ValueError) as error:  # ValueError: Pillow does not know the ending
+        raise UserError(f"cannot write {file} ({reason(error)}); name another place") from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -388,7 +389,9 @@ def save_weights(model, args, epoch):
         "classes": class_names(args.dataset),
         "weights": model.state_dict(),
     }
-    write_file(args.save, lambda path: torch.save(content, path))
+    buffer = io.BytesIO()  # where torch itself writes to a full disk, its error does not say so
+    torch.save(content, buffer)
+    write_file(args.save, lambda path: path.write_bytes(buffer.getvalue()))
     last_saved = f"{args.save} holds the weights after epoch {epoch}."
 
 
@@ -401,7 +404,7 @@ def read_saved(file):
         if set(saved) != {"model", "sizes", "classes", "weights"}:
             raise ValueError("other content")
     except OSError as error:
-        raise UserError(f"cannot read {file} ({one_line(error)}); --load takes a file that --save wrote") from error
+        raise UserError(f"cannot read {file} ({reason(error)}); --load takes a file that --save wrote") from error
     except Exception as error:  # depending on where the file is odd, torch.load raises about anything
         raise UserError(f"{file} is damaged, or no file that --save wrote; train again with --save") from error
     return saved
@@ -482,7 +485,7 @@ def read_picture(file):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return mnist_form(grey_levels(ImageOps.exif_transpose(Image.open(file))))
     except Exception as error:  # a broken picture makes Pillow raise about anything
-        raise UserError(f"cannot read a digit from {file}: {one_line(error)}") from error
+        raise UserError(f"cannot read a digit from {file}: {reason(error)}") from error
 
 
 def predict_pictures(model, args):
