@@ -1,8 +1,9 @@
 """Train a small convolutional network on MNIST.
 
-python cnn_mnist.py
-python cnn_mnist.py --epochs 10 --device cuda
 python cnn_mnist.py --dataset synthetic --epochs 1
+python cnn_mnist.py --epochs 10 --device cuda
+python cnn_mnist.py --one-cycle --augment --save cnn.pt
+python cnn_mnist.py --load cnn.pt --predict my_digit.png
 """
 
 import torch

@@ -1,8 +1,9 @@
 """Train a two-layer LSTM on MNIST, read row by row: an image is a sequence of 28 time steps of 28 pixels.
 
-python rnn_mnist.py
-python rnn_mnist.py --hidden 128
 python rnn_mnist.py --dataset synthetic --epochs 1
+python rnn_mnist.py --hidden 128
+python rnn_mnist.py --one-cycle --augment --save rnn.pt
+python rnn_mnist.py --load rnn.pt --predict my_digit.png
 """
 
 import torch
