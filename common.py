@@ -79,7 +79,7 @@ def make_parser(description):
     add("--lr", type=learning_rate, help="learning rate of Adam (default: 0.001, with --one-cycle a peak of 0.01)")
     add("--one-cycle", action="store_true", help="raise the learning rate to --lr, then lower it to 0, step by step")
     add("--augment", action="store_true", help="turn, scale and shift each training image a little, at random")
-    add("--amp", action="store_true", help="bfloat16 mixed precision; can be slower on a CPU without bfloat16")
+    add("--amp", action="store_true", help="bfloat16 mixed precision; can be much slower on a CPU without bfloat16")
     add("--seed", type=at_least(0), default=0, metavar="N", help="repeats a run exactly (default: %(default)s)")
     device_help = "cpu, cuda, cuda:1, mps, ...; auto is the accelerator, else the CPU (default: %(default)s)"
     add("--device", type=find_device, default="auto", metavar="NAME", help=device_help)
@@ -333,9 +333,10 @@ def print_table(confusion, classes):
 
 
 def draw_errors(file, model, loader, classes):
-    """Draw up to 100 images of a Loader that the model gets wrong, the most confident mistake first.
+    """Draw up to 100 images that the model gets wrong, the most confident mistake first.
 
-    The ending of `file` says in which format. Raises UserError where it cannot be written.
+    loader: as for predict, in the same order in each pass. The ending of `file` says in which format. Raises UserError
+    where it cannot be written.
     """
     logits, labels = predict(model, loader)
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
@@ -343,10 +344,11 @@ def draw_errors(file, model, loader, classes):
     if not len(wrong):
         print(f"No mistakes, so {file} is not written.")
         return
+    images = torch.cat([images for images, _ in loader])
     font, cells = ImageFont.load_default(size=13), []
     for i in wrong[confidence[wrong].argsort(descending=True)][:100].tolist():
         cell = Image.new("L", (120, 140), "white")
-        cell.paste(to_pil_image(loader.images[i]).resize((84, 84), Image.Resampling.NEAREST), (18, 4))
+        cell.paste(to_pil_image(images[i]).resize((84, 84), Image.Resampling.NEAREST), (18, 4))
         text = f"true: {classes[labels[i]]}\nsaid: {classes[predicted[i]]}\n{confidence[i]:.1%} sure"
         ImageDraw.Draw(cell).multiline_text((18, 90), text, fill="black", font=font, spacing=2)
         cells.append(pil_to_tensor(cell))

@@ -35,6 +35,8 @@ def main(argv=None):
     add("--layers", type=common.at_least(1), default=2, metavar="N", help="stacked LSTMs (default: %(default)s)")
     args = common.parse_args(parser, argv)
     common.set_seed(args.seed)
+    # oneDNN, by which torch computes on a CPU, has a bfloat16 LSTM only where there is AVX-512; torch's own is slower.
+    torch.backends.mkldnn.enabled = not args.amp or "AVX512" in torch.backends.cpu.get_cpu_capability()
     model = RNN(args.hidden, args.layers).to(args.device)
     if args.load:
         common.load_weights(model, args)

@@ -126,7 +126,7 @@ def test_smoke_one_batch(script, device, train):
 @each_device
 @pytest.mark.parametrize("option", [[], ["--one-cycle"], ["--augment"], ["--amp"]], ids=str)
 def test_same_seed_same_weights(script, device, option, train):
-    options = ["--device", device, "--epochs", 2, "--batch-size", 32, *option]
+    options = ["--device", device, "--epochs", 2, "--limit", 100, "--batch-size", 32, *option]
     model, _ = train(script, *options)
     assert same_weights(model, train(script, *options)[0])
     assert not same_weights(model, train(script, *options, "--seed", 1)[0])
@@ -194,6 +194,16 @@ def test_amp(script, device, train):
     assert model(torch.rand(3, 1, 28, 28, device=device)).isfinite().all()
     assert math.isfinite(losses(output)[-1])
     assert not same_weights(model, exact)
+
+
+@each_script
+def test_amp_on_a_cpu_without_bfloat16(script, data_dir, monkeypatch):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")  # torch and its oneDNN then use no newer instructions
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    process = start(script, "--data-dir", data_dir, "--device", "cpu", "--epochs", 1, "--amp")
+    output, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    assert math.isfinite(losses(output)[-1])
 
 
 def test_network_sizes(train):
@@ -727,7 +737,8 @@ def test_errors_most_confident_first(device, tmp_path, capsys):
         shown = cells[place // 10, place % 10, 4:88:3, 18:102:3]
         assert torch.equal(shown, (image[0] * 255).round().to(torch.uint8).cpu())
         assert (cells[place // 10, place % 10, 90:] < 128).sum() > 100  # there is text below
-    common.draw_errors(file, model, common.Loader(images[:12], labels[:12], 50), ["zero", "one"])
+    loader = DataLoader(TensorDataset(images[:12], labels[:12]), batch_size=5)
+    common.draw_errors(file, model, loader, ["zero", "one"])
     assert pil_to_tensor(Image.open(file))[0, -140:, -900:].min() == 255  # nothing where there are no more mistakes
 
 
