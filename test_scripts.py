@@ -216,9 +216,10 @@ def test_network_sizes(train):
 
 @each_script
 def test_synthetic_digits_are_learned(script, capsys):
-    options = "--dataset synthetic --limit 30000 --epochs 1 --batch-size 50 --lr 0.002"
+    # With a rate that falls to 0, the last steps depend little on how a machine rounds.
+    options = "--dataset synthetic --limit 30000 --epochs 1 --batch-size 50 --one-cycle"
     script.main(options.split())
-    assert accuracies(capsys.readouterr().out)[0] >= 93
+    assert accuracies(capsys.readouterr().out)[0] >= 98
 
 
 @real_mnist
