@@ -147,7 +147,7 @@ def run(main):
 # ---- data ----
 
 
-def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
+def random_affine(images, degrees=10, scale=0.1, shift=3, generator=None):
     """Turn, scale and shift each image at random, each in its own way, on the device that they are on.
 
     images: (N, C, H, W) float. degrees, scale and shift are the most that the angle, the size (as a fraction) and
