@@ -130,6 +130,8 @@ def test_same_seed_same_weights(script, device, option, train):
     model, _ = train(script, *options)
     assert same_weights(model, train(script, *options)[0])
     assert not same_weights(model, train(script, *options, "--seed", 1)[0])
+    if option:
+        assert not same_weights(model, train(script, *options[: -len(option)])[0])
 
 
 @each_script
@@ -138,6 +140,19 @@ def test_evaluation_does_not_change_the_weights(script, train, monkeypatch):
     monkeypatch.setattr(common, "evaluate", lambda model, loader: (0.0, 0.0, torch.eye(10, dtype=torch.int64)))
     without, _ = train(script, "--epochs", 2, "--augment")
     assert same_weights(with_evaluation, without)
+
+
+@each_script
+@each_device
+@pytest.mark.parametrize("options", [[], ["--one-cycle", "--augment"]], ids=str)
+def test_a_step_neither_waits_for_the_device_nor_converts(script, device, options, train):
+    def count(batch_size):
+        with torch.profiler.profile() as profile:
+            train(script, "--device", device, "--epochs", 1, "--batch-size", batch_size, *options)
+        called = [event.name for event in profile.events() if event.cpu_parent is None]  # by the scripts, not in torch
+        return [called.count(name) for name in ("aten::item", "aten::is_nonzero", "aten::to")]
+
+    assert count(250) == count(25)  # 1 and 10 steps, of which the last is printed
 
 
 @each_script
@@ -187,13 +202,16 @@ def test_one_cycle(script, options, train, monkeypatch):
 
 @each_script
 @each_device
-def test_amp(script, device, train):
-    exact, _ = train(script, "--device", device, "--epochs", 1)
+def test_amp(script, device, train, monkeypatch):
+    dtypes, forward = set(), nn.CrossEntropyLoss.forward
+    monkeypatch.setattr(
+        nn.CrossEntropyLoss, "forward", lambda self, *args: (dtypes.add(args[0].dtype), forward(self, *args))[1]
+    )
     model, output = train(script, "--device", device, "--epochs", 1, "--amp")
+    assert dtypes == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert model(torch.rand(3, 1, 28, 28, device=device)).isfinite().all()
     assert math.isfinite(losses(output)[-1])
-    assert not same_weights(model, exact)
 
 
 @each_script
