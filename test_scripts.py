@@ -8,6 +8,7 @@ import io
 import math
 import os
 import pickle
+import platform
 import re
 import signal
 import subprocess
@@ -169,6 +170,18 @@ def test_defaults_train_as_the_tutorial_does(script, data_dir, train):
             optimizer.step()
     for expected, weights in zip(model.parameters(), trained.parameters(), strict=True):
         assert torch.allclose(weights, expected, atol=1e-5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_memory_is_kept_for_the_next_step(data_dir):
+    resource = pytest.importorskip("resource")
+
+    def page_faults(epochs):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt
+        start(rnn_mnist, "--data-dir", data_dir, "--device", "cpu", "--epochs", epochs).communicate()
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt - before
+
+    assert page_faults(11) - page_faults(1) < 30 * 500  # 30 steps more; 9,000 each where memory is given back
 
 
 def test_pooling_before_relu_gives_the_same_logits():
