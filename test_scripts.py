@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -95,6 +96,11 @@ def start(script, *options, stdout=subprocess.PIPE):
     return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env)
 
 
+def make_loaders(*options):
+    """The training and the test loader that the options ask for, on the CPU where they do not say otherwise."""
+    return common.make_loaders(common.make_parser("").parse_args(["--device", "cpu", *map(str, options)]))
+
+
 def losses(output):
     return [float(loss) for loss in re.findall(r"Step .*, Loss: (\S+)", output)]
 
@@ -160,8 +166,7 @@ def test_a_step_neither_waits_for_the_device_nor_converts(script, device, option
 def test_defaults_train_as_the_tutorial_does(script, data_dir, train):
     trained, _ = train(script, "--epochs", 2)
     model, _ = train(script, "--epochs", 0)
-    args = common.make_parser("").parse_args(["--data-dir", str(data_dir), "--device", "cpu"])
-    loader, _ = common.make_loaders(args)
+    loader, _ = make_loaders("--data-dir", data_dir)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
     for _ in range(2):
         for images, labels in loader:
@@ -213,6 +218,20 @@ def test_one_cycle(script, options, train, monkeypatch):
     assert rates == [0.001] * 3
 
 
+@pytest.mark.parametrize(("script", "pixels"), [(cnn_mnist, 1), (rnn_mnist, 3)], ids=["cnn_mnist", "rnn_mnist"])
+def test_augment_by_as_much_as_the_readme_says(script, pixels, train, monkeypatch):
+    affine_grid = Mock(wraps=nn.functional.affine_grid)
+    monkeypatch.setattr(nn.functional, "affine_grid", affine_grid)
+    train(script, "--augment", "--epochs", 2)
+    theta = torch.cat([call.args[0] for call in affine_grid.call_args_list])
+    turn, shift = theta.split([2, 1], dim=2)  # (500, 2, 2), a rotation divided by the size, and (500, 2, 1)
+    assert 9 < torch.atan2(turn[:, 1, 0], turn[:, 0, 0]).rad2deg().abs().max() < 10.01
+    size = turn.det().rsqrt()
+    assert 0.899 < size.min() < 0.91
+    assert 1.09 < size.max() < 1.101
+    assert 0.9 * pixels < shift.abs().max() * 14 < pixels + 0.01  # an image is 2 units wide
+
+
 @each_script
 @each_device
 def test_amp(script, device, train, monkeypatch):
@@ -260,10 +279,10 @@ def test_real_mnist_is_learned(script, percent, capsys, tmp_path):
     assert accuracies(capsys.readouterr().out)[0] >= percent
     # Pictures of test images, large, dark on light, anywhere on a page, are recognized as well as the images.
     test = datasets.MNIST(HERE / "data", train=False)
-    images, labels, torch_random = test.data[::50], test.targets[::50], torch.Generator().manual_seed(0)
+    images, labels, generator = test.data[::50], test.targets[::50], torch.Generator().manual_seed(0)
     pictures = []
     for i, image in enumerate(images):
-        size, left, top = torch.randint(200, 400, (3,), generator=torch_random).tolist()
+        size, left, top = torch.randint(200, 400, (3,), generator=generator).tolist()
         page = Image.new("L", (800, 800), "white")
         page.paste(to_pil_image(255 - image).resize((size, size), Image.Resampling.BICUBIC), (left, top))
         page.save(tmp_path / ("page.png", "page.jpg")[i % 2])
@@ -350,8 +369,7 @@ def order(loader):
 
 @each_device
 def test_loaders_give_what_to_tensor_gives(device, data_dir):
-    args = common.make_parser("").parse_args(["--data-dir", str(data_dir), "--device", device])
-    train_loader, test_loader = common.make_loaders(args)
+    train_loader, test_loader = make_loaders("--data-dir", data_dir, "--device", device)
     assert next(iter(train_loader))[0].device.type == device
     dataset = datasets.MNIST(data_dir, train=False, transform=transforms.ToTensor())
     (images, labels), expected = next(iter(test_loader)), list(dataset)
@@ -361,8 +379,7 @@ def test_loaders_give_what_to_tensor_gives(device, data_dir):
 
 def test_shuffling_depends_on_the_seed_alone(data_dir):
     def loader(seed):
-        options = ["--data-dir", str(data_dir), "--device", "cpu", "--seed", str(seed)]
-        return common.make_loaders(common.make_parser("").parse_args(options))[0]
+        return make_loaders("--data-dir", data_dir, "--seed", seed)[0]
 
     first, second = loader(0), loader(0)
     passes = [order(first), order(first)]
@@ -377,8 +394,7 @@ def test_shuffling_depends_on_the_seed_alone(data_dir):
 
 
 def test_limit_takes_the_first_images(data_dir):
-    args = common.make_parser("").parse_args(["--data-dir", str(data_dir), "--limit", "7", "--device", "cpu"])
-    train_loader, test_loader = common.make_loaders(args)
+    train_loader, test_loader = make_loaders("--data-dir", data_dir, "--limit", 7)
     first = datasets.MNIST(data_dir).data[:7].flatten(1) / 255
     assert torch.equal(order(train_loader).sort(dim=0).values, first.sort(dim=0).values)
     assert len(order(test_loader)) == 130
@@ -386,8 +402,8 @@ def test_limit_takes_the_first_images(data_dir):
 
 def test_synthetic_digits_repeat_by_seed_and_do_not_leak():
     def draw(seed):
-        args = common.make_parser("").parse_args(["--dataset", "synthetic", "--seed", str(seed), "--device", "cpu"])
-        return [(loader.images, loader.labels) for loader in common.make_loaders(args)]
+        loaders = make_loaders("--dataset", "synthetic", "--seed", seed)
+        return [(loader.images, loader.labels) for loader in loaders]
 
     (train_images, train_labels), (test_images, _) = draw(0)
     assert (train_images.shape, test_images.shape) == ((60_000, 1, 28, 28), (10_000, 1, 28, 28))
