@@ -25,7 +25,7 @@ class CNN(nn.Module):
         self.fc = nn.Linear(32 * 7 * 7, 10)
 
     def forward(self, x):
-        # The same as pooling after ReLU, both being monotonic, but ReLU then has a quarter of the values to go through.
+        # The largest of four values is the same before and after ReLU, which after pooling has a quarter of them to do.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))  # (N, 16, 14, 14)
         x = F.relu(F.max_pool2d(self.conv2(x), 2))  # (N, 32, 7, 7)
         return self.fc(x.flatten(start_dim=1))  # (N, 10)
@@ -33,56 +33,58 @@ class CNN(nn.Module):
 
 def main(argv=None):
     """Train and evaluate as the command line `argv` says; return the trained model."""
+    # options
     args = common.parse_args(common.make_parser(__doc__), argv)
-    common.set_seed(args.seed)
+    common.prepare_process(args.seed)
+
+    # model
     model = CNN().to(args.device, memory_format=torch.channels_last)
     if args.load:
         common.load_weights(model, args)
     if args.predict:
         common.predict_pictures(model, args)
         return model
-    train_loader, test_loader = common.make_loaders(args)
+
+    # data
+    data = common.load_data(args)
+    steps = len(data.train_loader)
+
+    # loss and optimizer
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # one pass over all weights
-    print(common.describe(args, model, train_loader, test_loader))
+    if args.one_cycle:
+        scheduler = OneCycleLR(optimizer, max_lr=args.lr, total_steps=args.epochs * steps or 1)
 
-    steps = len(train_loader)
-    scheduler = None
-    if args.one_cycle and args.epochs:
-        scheduler = OneCycleLR(optimizer, max_lr=args.lr, total_steps=args.epochs * steps)
+    # train
+    common.print_header(args, model, data)
     for epoch in range(1, args.epochs + 1):
-        start = common.clock(args.device)
-        for step, (images, labels) in enumerate(train_loader, start=1):
+        progress, start = f"Epoch [{epoch}/{args.epochs}]", common.clock(args.device)
+        for step, (images, labels) in enumerate(data.train_loader, start=1):
             if args.augment:
                 images = common.random_affine(images, shift=1)  # more is too much for a network this small
+            # forward
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
                 logits = model(images)
                 loss = criterion(logits, labels)
+            # backward and step
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if scheduler:
+            if args.one_cycle:
                 scheduler.step()
             if step % 100 == 0 or step == steps:
                 common.check_finite(loss, epoch, step)
-                print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
+                print(f"{progress}, Step [{step}/{steps}], Loss: {loss:.4f}")
         seconds = common.clock(args.device) - start
-        test_loss, accuracy, confusion = common.evaluate(model, test_loader)
-        print(
-            f"Epoch [{epoch}/{args.epochs}], Test loss: {test_loss:.4f}, "
-            f"Test accuracy: {accuracy:.2%}, Time: {seconds:.2f} s"
-        )
+        evaluation = common.evaluate(model, data.test_loader)
+        print(f"{progress}, {common.scores(evaluation)}, Time: {seconds:.2f} s")
         if args.save:
-            common.save_weights(model, args, epoch)
-    if args.epochs:
-        print("Training finished.")
-    else:
-        test_loss, accuracy, confusion = common.evaluate(model, test_loader)
-        print(f"Test loss: {test_loss:.4f}, Test accuracy: {accuracy:.2%}")
-    classes = common.class_names(args.dataset)
-    common.print_table(confusion, classes)
-    if args.errors:
-        common.draw_errors(args.errors, model, test_loader, classes)
+            common.save_weights(model, args, data, epoch)
+
+    # report
+    if not args.epochs:
+        evaluation = common.evaluate(model, data.test_loader)
+    common.report(args, data, evaluation)
     return model
 
 

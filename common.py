@@ -1,6 +1,6 @@
-"""What cnn_mnist.py and rnn_mnist.py both need: options, device, data loaders, evaluation, report.
+"""What cnn_mnist.py and rnn_mnist.py both need, in the order of the flow.
 
-The data goes one way: options -> device -> loaders -> the script's training loop -> evaluate -> report.
+The data goes one way: options -> device -> data -> the script's training loop -> evaluate -> report.
 A split is two tensors that stay on the device: images (N, 1, 28, 28), float32 in [0, 1], and labels (N,), int64.
 """
 
@@ -12,12 +12,15 @@ import math
 import os
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import TensorDataset
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
@@ -28,16 +31,86 @@ TEST_BATCH_SIZE = 200
 SIZES = ("hidden", "layers")  # the options that give a network its size, kept with its weights
 
 
+# ---- the process ----
+
+
 class UserError(Exception):
-    """What whoever runs the script can mend; the text says what is wrong and what to do."""
+    """A mistake that the user can correct; the text says what is wrong and what to do."""
 
 
 def reason(error):
-    """Return in one line what an exception says, of an OSError what the system says."""
+    """Return in one line what an exception says; for an OSError, the operating system's words alone."""
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
-# ---- options and device ----
+def run(main):
+    """Run main() as a process: exit with 1 and one `error:` line for what a user can mend, with 130 after Ctrl-C."""
+    sys.stdout.reconfigure(line_buffering=True)  # a pipe shows progress while it happens
+    try:
+        main()
+    except KeyboardInterrupt as error:
+        # What main() had got to is in its frame, if it had begun.
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code is main.__code__]
+        args = frames[0].f_locals.get("args") if frames else None
+        print(f"Interrupted. {args.last_saved if args else ''}".strip(), file=sys.stderr)
+        sys.exit(130)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        # At exit Python writes what stdout still holds: where stdout is what failed, that would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # A reader that has seen enough, as in `| head -1`, wants no message.
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"error: {error}")
+    except RuntimeError as error:  # torch has no error of its own for a CPU without enough memory
+        if not any(words in str(error) for words in ("out of memory", "allocate memory", "Storage size")):
+            raise
+        sys.exit("error: out of memory; use a smaller --batch-size or a smaller network")
+
+
+def prepare_process(seed):
+    """Seed torch on every device, let CUDA use only algorithms that give the same bits each time, and keep memory."""
+    keep_memory()
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    # Wanted for LSTMs, see the warning in https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
+
+
+def keep_memory():
+    """Let malloc keep the memory that a training step frees, for the next step. Does nothing where libc is not glibc.
+
+    By default glibc can give it back after each step; Linux then clears each page anew when it is asked for it again.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt  # see mallopt(3); the numbers are those in glibc's malloc.h
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own, which would end when the block is freed
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap is kept, however much of it is free
+
+
+@contextlib.contextmanager
+def lstm_kernels(args):
+    """Context for an LSTM's forward pass, in which torch takes kernels that this machine has.
+
+    On a CPU, torch leaves an LSTM to the library oneDNN, which cannot compute one in bfloat16 without the processor's
+    AVX-512 instructions and stops with an error. torch's own kernels are slower, and run everywhere.
+    """
+    former = torch.backends.mkldnn.enabled  # mkldnn is oneDNN's former name
+    if args.amp and args.device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = former
+
+
+def clock(device):
+    """Return the time in seconds, once the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+# ---- options ----
 
 
 def at_least(minimum):
@@ -102,59 +175,22 @@ def make_parser(description):
 def parse_args(parser, argv):
     """Return the options in `argv`, completed: --lr by --one-cycle, the network's sizes by the file to --load.
 
-    `args.saved` is what that file holds, or None. Raises UserError where a file that an option names cannot serve.
+    `args.saved` is what that file holds, or None, and `args.last_saved` says what --save has written so far. Raises
+    UserError where a file that an option names cannot serve.
     """
     args = parser.parse_args(argv)
     if args.predict and not args.load:
         parser.error("argument --predict: needs the weights of a trained network, see --load")
     saved = read_saved(args.load) if args.load else None
     if saved:
-        sizes = {name: size for name, size in saved["sizes"].items() if name in SIZES and hasattr(args, name)}
-        parser.set_defaults(**sizes)
-        args = parser.parse_args(argv)
-        for name, size in sizes.items():
-            if getattr(args, name) != size:
-                raise UserError(f"--{name} {getattr(args, name)} does not fit {args.load}, whose --{name} is {size}")
-    args.saved = saved
+        args = parser.parse_args(argv, argparse.Namespace(**saved["sizes"]))  # these count as defaults
+    args.saved, args.last_saved = saved, ""
     args.lr = args.lr or (0.01 if args.one_cycle else 0.001)
     if args.save:
         write_file(args.save, Path.touch, trial=True)
     if args.errors:
         write_file(args.errors, Image.new("RGB", (1, 1)).save, trial=True)
     return args
-
-
-def keep_memory():
-    """Let malloc keep the memory that a training step frees, for the next step. Does nothing where libc is not glibc.
-
-    By default glibc can give it back after each step; Linux then clears each page anew when it is asked for it again.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
-        mallopt = ctypes.CDLL("libc.so.6").mallopt  # see mallopt(3); the numbers are those in glibc's malloc.h
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own, which would end when the block is freed
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap is kept, however much of it is free
-
-
-def run(main):
-    """Run main() as a process: exit with 1 and one `error:` line for what a user can mend, with 130 after Ctrl-C."""
-    keep_memory()
-    sys.stdout.reconfigure(line_buffering=True)  # a pipe shows progress while it happens
-    try:
-        main()
-    except KeyboardInterrupt:
-        print(f"Interrupted. {last_saved}".strip(), file=sys.stderr)
-        sys.exit(130)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        # At exit Python writes what stdout still holds: where stdout is what failed, that would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        # A reader that has seen enough, as in `| head -1`, wants no message.
-        sys.exit(1 if isinstance(error, BrokenPipeError) else f"error: {error}")
-    except RuntimeError as error:  # torch has no error of its own for a CPU without enough memory
-        if not any(words in str(error) for words in ("out of memory", "allocate memory", "Storage size")):
-            raise
-        sys.exit("error: out of memory; use a smaller --batch-size or a smaller network")
 
 
 # ---- data ----
@@ -169,9 +205,12 @@ def random_affine(images, degrees=10, scale=0.1, shift=3, generator=None):
     angle, size, dx, dy = torch.rand(4, len(images), device=images.device, generator=generator) * 2 - 1
     angle, size = angle * math.radians(degrees), 1 + size * scale
     cos, sin = angle.cos() / size, angle.sin() / size
-    # affine_grid wants, for each output pixel, the input position it comes from; an image is 2 units wide there.
-    dx, dy = dx * shift * 2 / images.shape[3], dy * shift * 2 / images.shape[2]
-    theta = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(-1, 2, 3)  # (N, 2, 3)
+    # affine_grid wants, for each output pixel, the input position it comes from; an image is 2 units wide and 2 units
+    # high there, so that where it is not square, a turn has to change units from one axis to the other.
+    height, width = images.shape[2:]
+    dx, dy = dx * shift * 2 / width, dy * shift * 2 / height
+    theta = torch.stack([cos, -sin * (height / width), dx, sin * (width / height), cos, dy], dim=1)
+    theta = theta.view(-1, 2, 3)  # (N, 2, 3)
     grid = F.affine_grid(theta, images.shape, align_corners=False)  # (N, H, W, 2)
     return F.grid_sample(images, grid, align_corners=False)  # (N, C, H, W)
 
@@ -218,28 +257,17 @@ def read_dataset(name, data_dir):
     return [(split.data, split.targets) for split in splits]
 
 
-class Loader:
-    """Batches of images (N, 1, 28, 28) and labels (N,), cut from tensors that stay on their device.
+class Data(NamedTuple):
+    """What a script trains and evaluates on, and the words for it in all that is printed, drawn and saved."""
 
-    torch's DataLoader would copy a list of indices to the device for each batch, and wait for it. This one copies an
-    order per pass. A generator shuffles each pass anew; without one, the order is that of the tensors.
-    """
-
-    def __init__(self, images, labels, batch_size, generator=None):
-        self.images, self.labels, self.batch_size, self.generator = images, labels, batch_size, generator
-
-    def __len__(self):
-        return math.ceil(len(self.labels) / self.batch_size)
-
-    def __iter__(self):
-        count = len(self.labels)
-        order = torch.randperm(count, generator=self.generator) if self.generator else torch.arange(count)
-        for indices in order.to(self.labels.device).split(self.batch_size):
-            yield self.images[indices], self.labels[indices]
+    train_loader: Any  # an iterable of batches: images (N, C, H, W) or whatever the network takes, and labels (N,)
+    test_loader: Any
+    classes: list  # a name for each output of the network
+    name: str = "data of your own"
 
 
-def make_loaders(args):
-    """Return the training and the test loader that the options ask for, their tensors on the device.
+def load_data(args):
+    """Return the Data that the options ask for, its tensors on the device.
 
     Raises UserError where the data set cannot be had.
     """
@@ -253,42 +281,34 @@ def make_loaders(args):
     def on_device(images, labels):
         return images.unsqueeze(1).to(args.device).float().div_(255), labels.to(args.device)
 
-    train_images, train_labels = on_device(*(tensor[: args.limit] for tensor in train))
-    train_loader = Loader(train_images, train_labels, args.batch_size, generator)
-    return train_loader, Loader(*on_device(*test), TEST_BATCH_SIZE)
+    train_loader = Loader(*on_device(*(tensor[: args.limit] for tensor in train)), args.batch_size, generator)
+    # MNIST itself calls its classes "0 - zero" and so on.
+    named = args.dataset in ("fashion-mnist", "kmnist")
+    classes = DATASETS[args.dataset].classes if named else list("0123456789")
+    return Data(train_loader, Loader(*on_device(*test), TEST_BATCH_SIZE), classes, args.dataset)
 
 
-def set_seed(seed):
-    """Seed torch on every device, and let CUDA use only algorithms that give the same bits each time."""
-    torch.manual_seed(seed)
-    torch.backends.cudnn.deterministic = True
-    # Wanted for LSTMs, see the warning in https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
+class Loader:
+    """Batches of images (N, 1, 28, 28) and labels (N,), cut from tensors that stay on their device.
+
+    torch's DataLoader would copy a list of indices to the device for each batch, and wait for it. This one copies an
+    order per pass. A generator shuffles each pass anew; without one, the order is that of the tensors.
+    """
+
+    def __init__(self, images, labels, batch_size, generator=None):
+        self.dataset, self.batch_size, self.generator = TensorDataset(images, labels), batch_size, generator
+
+    def __len__(self):
+        return math.ceil(len(self.dataset) / self.batch_size)
+
+    def __iter__(self):
+        count = len(self.dataset)
+        order = torch.randperm(count, generator=self.generator) if self.generator else torch.arange(count)
+        for indices in order.to(self.dataset.tensors[0].device).split(self.batch_size):
+            yield self.dataset[indices]
 
 
 # ---- evaluation and report ----
-
-
-def describe(args, model, train_loader, test_loader):
-    """Return the line that says what is trained, on what."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return (
-        f"Device: {args.device}, Model: {type(model).__name__} ({parameters:,} parameters), Data: {args.dataset} "
-        f"({len(train_loader.labels):,} training and {len(test_loader.labels):,} test images)"
-    )
-
-
-def clock(device):
-    """Return the time in seconds, once the device has done all that it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
-def check_finite(loss, epoch, step):
-    """Raise UserError where the loss, a tensor of one element, is nan or infinite."""
-    if not loss.isfinite():
-        raise UserError(f"the loss is {loss.item()} at epoch {epoch}, step {step}; try a smaller --lr")
 
 
 @torch.no_grad()
@@ -311,16 +331,23 @@ def predict(model, loader):
     return torch.cat(logits), torch.cat(labels)
 
 
-def evaluate(model, loader):
-    """Return the mean loss per sample, the accuracy in [0, 1] and the confusion matrix; see predict for the rest.
+class Evaluation(NamedTuple):
+    """What evaluate returns."""
 
-    The loss is the cross-entropy. The matrix is int64 (C, C) on the CPU, a row per true, a column per predicted class.
-    """
+    loss: float  # the mean cross-entropy per sample
+    accuracy: float  # in [0, 1]
+    confusion: torch.Tensor  # (C, C), int64 on the CPU: a row per true, a column per predicted class
+    logits: torch.Tensor  # (N, C)
+
+
+def evaluate(model, loader):
+    """Return the Evaluation of the model on all samples. The parameters and errors are those of predict."""
     logits, labels = predict(model, loader)
     classes = logits.shape[1]
     pairs = labels * classes + logits.argmax(dim=1)
     confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
-    return F.cross_entropy(logits, labels).item(), confusion.trace().item() / len(labels), confusion
+    accuracy = confusion.trace().item() / len(labels)
+    return Evaluation(F.cross_entropy(logits, labels).item(), accuracy, confusion, logits)
 
 
 def per_class(confusion):
@@ -333,11 +360,6 @@ def per_class(confusion):
     return hits / predicted.clamp(min=1), hits / count.clamp(min=1), f1, count
 
 
-def class_names(dataset):
-    """Return the names of the ten classes of the data set that --dataset calls so."""
-    return DATASETS[dataset].classes if dataset in ("fashion-mnist", "kmnist") else list("0123456789")
-
-
 def print_table(confusion, classes):
     """Print precision, recall, F1 and count of each class."""
     print(f"{'Class':<12}{'Precision':>10}{'Recall':>10}{'F1':>10}{'Count':>10}")
@@ -345,19 +367,46 @@ def print_table(confusion, classes):
         print(f"{name:<12}{precision:>10.4f}{recall:>10.4f}{f1:>10.4f}{count:>10}")
 
 
-def draw_errors(file, model, loader, classes):
+def print_header(args, model, data):
+    """Print the line that says what is trained, on what."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"Device: {args.device}, Model: {type(model).__name__} ({parameters:,} parameters), Data: {data.name} "
+        f"({len(data.train_loader.dataset):,} training and {len(data.test_loader.dataset):,} test images)"
+    )
+
+
+def check_finite(loss, epoch, step):
+    """Raise UserError where the loss, a tensor of one element, is nan or infinite."""
+    if not loss.isfinite():
+        raise UserError(f"the loss is {loss.item()} at epoch {epoch}, step {step}; try a smaller --lr")
+
+
+def scores(evaluation):
+    """Return the words for an Evaluation's loss and accuracy."""
+    return f"Test loss: {evaluation.loss:.4f}, Test accuracy: {evaluation.accuracy:.2%}"
+
+
+def report(args, data, evaluation):
+    """Print the closing report on the last Evaluation, and draw the mistakes where --errors asks for them."""
+    print("Training finished." if args.epochs else scores(evaluation))
+    print_table(evaluation.confusion, data.classes)
+    if args.errors:
+        draw_errors(args.errors, evaluation.logits, data.test_loader, data.classes)
+
+
+def draw_errors(file, logits, loader, classes):
     """Draw up to 100 images that the model gets wrong, the most confident mistake first.
 
-    loader: as for predict, in the same order in each pass. The ending of `file` says in which format. Raises UserError
-    where it cannot be written.
+    logits: (N, C), what the model says of the images in `loader`, which come in the same order in each pass. The
+    ending of `file` says in which format. Raises UserError where it cannot be written.
     """
-    logits, labels = predict(model, loader)
+    images, labels = (torch.cat(batches).to(logits.device) for batches in zip(*loader, strict=True))
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     wrong = (predicted != labels).nonzero().squeeze(1)
     if not len(wrong):
         print(f"No mistakes, so {file} is not written.")
         return
-    images = torch.cat([images for images, _ in loader])
     font, cells = ImageFont.load_default(size=13), []
     for i in wrong[confidence[wrong].argsort(descending=True)][:100].tolist():
         cell = Image.new("L", (120, 140), "white")
@@ -369,9 +418,7 @@ def draw_errors(file, model, loader, classes):
     print(f"{file} shows {len(cells)} of {len(wrong)} mistakes.")
 
 
-# ---- saving and loading ----
-
-last_saved = ""  # for whoever interrupts: which file holds the weights after which epoch
+# ---- saved weights ----
 
 
 def write_file(file, write, trial=False):
@@ -395,19 +442,17 @@ def write_file(file, write, trial=False):
             part.unlink()
 
 
-def save_weights(model, args, epoch):
-    """Write to --save the weights and what is needed to build the network again; see write_file."""
-    global last_saved
-    content = {
-        "model": type(model).__name__,
-        "sizes": {name: getattr(args, name) for name in SIZES if hasattr(args, name)},
-        "classes": class_names(args.dataset),
-        "weights": model.state_dict(),
-    }
+def network(model, args):
+    """Return the name of a network and the options that give it its size, as they are kept with its weights."""
+    return {"model": type(model).__name__, "sizes": {name: getattr(args, name) for name in SIZES if name in args}}
+
+
+def save_weights(model, args, data, epoch):
+    """Write to --save the weights and what is needed to build and use the network again; see write_file."""
     buffer = io.BytesIO()  # where torch itself writes to a full disk, its error does not say so
-    torch.save(content, buffer)
+    torch.save({**network(model, args), "classes": data.classes, "weights": model.state_dict()}, buffer)
     write_file(args.save, lambda path: path.write_bytes(buffer.getvalue()))
-    last_saved = f"{args.save} holds the weights after epoch {epoch}."
+    args.last_saved = f"{args.save} holds the weights after epoch {epoch}."
 
 
 def read_saved(file):
@@ -427,13 +472,18 @@ def read_saved(file):
 
 def load_weights(model, args):
     """Give the model the weights from --load. Raises UserError where they are those of another network."""
-    name = type(model).__name__
-    if args.saved["model"] != name:
-        raise UserError(f"{args.load} holds a network of the other script, {args.saved['model']}, not {name}")
+
+    def words(network):
+        return " ".join([network["model"], *(f"--{name} {size}" for name, size in network["sizes"].items())])
+
+    held, wanted = words(args.saved), words(network(model, args))
     try:
+        if held != wanted:
+            raise RuntimeError(f"this is {wanted}")
         model.load_state_dict(args.saved["weights"])
     except RuntimeError as error:
-        raise UserError(f"{args.load} does not fit the network {name}; train again with --save") from error
+        advice = "use the script and the options that it was trained with, or train again with --save"
+        raise UserError(f"{args.load} holds {held}, which does not fit here: {reason(error)}; {advice}") from error
 
 
 # ---- pictures of your own ----
@@ -477,7 +527,7 @@ def mnist_form(grey):
     blurred = F.avg_pool2d(closed, 3, 1, 1, count_include_pad=False)
     ink = F.interpolate(blurred, size=grey.shape[2:], mode="bilinear") - grey
     ink = ink - ink.median()
-    noise = 1.4826 * ink.abs().median()  # as a standard deviation, if it is normal
+    noise = 1.4826 * ink.abs().median()  # the median absolute deviation, scaled to a standard deviation
     if ink.max() < 8 * noise + 12:
         raise ValueError("there is nothing on it")
     ink = ((ink - 4 * noise) / (ink.max() - 4 * noise)).clamp(0, 1)
@@ -515,7 +565,7 @@ def predict_pictures(model, args):
         except UserError as error:
             failures.append(str(error))
             continue
-        logits, _ = predict(model, [(image.unsqueeze(0), torch.zeros(1))])
+        logits, _ = predict(model, [(image.unsqueeze(0), torch.empty(1))])  # nobody knows the label
         confidence, label = logits[0].softmax(dim=0).max(dim=0)
         print(f"{file}: {args.saved['classes'][label]} ({confidence:.1%})")
     if failures:

@@ -1,4 +1,4 @@
-"""Train a two-layer LSTM on MNIST, read row by row: an image is a sequence of 28 time steps of 28 pixels.
+"""Train an LSTM of two layers on MNIST, read row by row: an image is a sequence of 28 time steps of 28 pixels.
 
 python rnn_mnist.py --dataset synthetic --epochs 1
 python rnn_mnist.py --hidden 128
@@ -29,62 +29,62 @@ class RNN(nn.Module):
 
 def main(argv=None):
     """Train and evaluate as the command line `argv` says; return the trained model."""
+    # options
     parser = common.make_parser(__doc__)
     add = parser.add_argument_group("network").add_argument
     add("--hidden", type=common.at_least(1), default=128, metavar="N", help="units per LSTM (default: %(default)s)")
     add("--layers", type=common.at_least(1), default=2, metavar="N", help="stacked LSTMs (default: %(default)s)")
     args = common.parse_args(parser, argv)
-    common.set_seed(args.seed)
-    # oneDNN, by which torch computes on a CPU, has a bfloat16 LSTM only where there is AVX-512; torch's own is slower.
-    torch.backends.mkldnn.enabled = not args.amp or "AVX512" in torch.backends.cpu.get_cpu_capability()
+    common.prepare_process(args.seed)
+
+    # model
     model = RNN(args.hidden, args.layers).to(args.device)
     if args.load:
         common.load_weights(model, args)
     if args.predict:
         common.predict_pictures(model, args)
         return model
-    train_loader, test_loader = common.make_loaders(args)
+
+    # data
+    data = common.load_data(args)
+    steps = len(data.train_loader)
+
+    # loss and optimizer
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # one pass over all weights
-    print(common.describe(args, model, train_loader, test_loader))
+    if args.one_cycle:
+        scheduler = OneCycleLR(optimizer, max_lr=args.lr, total_steps=args.epochs * steps or 1)
 
-    steps = len(train_loader)
-    scheduler = None
-    if args.one_cycle and args.epochs:
-        scheduler = OneCycleLR(optimizer, max_lr=args.lr, total_steps=args.epochs * steps)
+    # train
+    common.print_header(args, model, data)
     for epoch in range(1, args.epochs + 1):
-        start = common.clock(args.device)
-        for step, (images, labels) in enumerate(train_loader, start=1):
+        progress, start = f"Epoch [{epoch}/{args.epochs}]", common.clock(args.device)
+        for step, (images, labels) in enumerate(data.train_loader, start=1):
             if args.augment:
                 images = common.random_affine(images)
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+            # forward
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp), common.lstm_kernels(args):
                 logits = model(images)
                 loss = criterion(logits, labels)
+            # backward and step
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if scheduler:
+            if args.one_cycle:
                 scheduler.step()
             if step % 100 == 0 or step == steps:
                 common.check_finite(loss, epoch, step)
-                print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
+                print(f"{progress}, Step [{step}/{steps}], Loss: {loss:.4f}")
         seconds = common.clock(args.device) - start
-        test_loss, accuracy, confusion = common.evaluate(model, test_loader)
-        print(
-            f"Epoch [{epoch}/{args.epochs}], Test loss: {test_loss:.4f}, "
-            f"Test accuracy: {accuracy:.2%}, Time: {seconds:.2f} s"
-        )
+        evaluation = common.evaluate(model, data.test_loader)
+        print(f"{progress}, {common.scores(evaluation)}, Time: {seconds:.2f} s")
         if args.save:
-            common.save_weights(model, args, epoch)
-    if args.epochs:
-        print("Training finished.")
-    else:
-        test_loss, accuracy, confusion = common.evaluate(model, test_loader)
-        print(f"Test loss: {test_loss:.4f}, Test accuracy: {accuracy:.2%}")
-    classes = common.class_names(args.dataset)
-    common.print_table(confusion, classes)
-    if args.errors:
-        common.draw_errors(args.errors, model, test_loader, classes)
+            common.save_weights(model, args, data, epoch)
+
+    # report
+    if not args.epochs:
+        evaluation = common.evaluate(model, data.test_loader)
+    common.report(args, data, evaluation)
     return model
 
 

@@ -96,9 +96,9 @@ def start(script, *options, stdout=subprocess.PIPE):
     return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env)
 
 
-def make_loaders(*options):
-    """The training and the test loader that the options ask for, on the CPU where they do not say otherwise."""
-    return common.make_loaders(common.make_parser("").parse_args(["--device", "cpu", *map(str, options)]))
+def load_data(*options):
+    """The data that the options ask for, on the CPU where they do not say otherwise."""
+    return common.load_data(common.make_parser("").parse_args(["--device", "cpu", *map(str, options)]))
 
 
 def losses(output):
@@ -144,7 +144,9 @@ def test_same_seed_same_weights(script, device, option, train):
 @each_script
 def test_evaluation_does_not_change_the_weights(script, train, monkeypatch):
     with_evaluation, _ = train(script, "--epochs", 2, "--augment")
-    monkeypatch.setattr(common, "evaluate", lambda model, loader: (0.0, 0.0, torch.eye(10, dtype=torch.int64)))
+    monkeypatch.setattr(
+        common, "evaluate", lambda *_: common.Evaluation(0.0, 0.0, torch.eye(10, dtype=torch.int64), None)
+    )
     without, _ = train(script, "--epochs", 2, "--augment")
     assert same_weights(with_evaluation, without)
 
@@ -166,7 +168,7 @@ def test_a_step_neither_waits_for_the_device_nor_converts(script, device, option
 def test_defaults_train_as_the_tutorial_does(script, data_dir, train):
     trained, _ = train(script, "--epochs", 2)
     model, _ = train(script, "--epochs", 0)
-    loader, _ = make_loaders("--data-dir", data_dir)
+    loader = load_data("--data-dir", data_dir).train_loader
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
     for _ in range(2):
         for images, labels in loader:
@@ -369,7 +371,7 @@ def order(loader):
 
 @each_device
 def test_loaders_give_what_to_tensor_gives(device, data_dir):
-    train_loader, test_loader = make_loaders("--data-dir", data_dir, "--device", device)
+    train_loader, test_loader, *_ = load_data("--data-dir", data_dir, "--device", device)
     assert next(iter(train_loader))[0].device.type == device
     dataset = datasets.MNIST(data_dir, train=False, transform=transforms.ToTensor())
     (images, labels), expected = next(iter(test_loader)), list(dataset)
@@ -379,7 +381,7 @@ def test_loaders_give_what_to_tensor_gives(device, data_dir):
 
 def test_shuffling_depends_on_the_seed_alone(data_dir):
     def loader(seed):
-        return make_loaders("--data-dir", data_dir, "--seed", seed)[0]
+        return load_data("--data-dir", data_dir, "--seed", seed).train_loader
 
     first, second = loader(0), loader(0)
     passes = [order(first), order(first)]
@@ -394,7 +396,7 @@ def test_shuffling_depends_on_the_seed_alone(data_dir):
 
 
 def test_limit_takes_the_first_images(data_dir):
-    train_loader, test_loader = make_loaders("--data-dir", data_dir, "--limit", 7)
+    train_loader, test_loader, *_ = load_data("--data-dir", data_dir, "--limit", 7)
     first = datasets.MNIST(data_dir).data[:7].flatten(1) / 255
     assert torch.equal(order(train_loader).sort(dim=0).values, first.sort(dim=0).values)
     assert len(order(test_loader)) == 130
@@ -402,8 +404,8 @@ def test_limit_takes_the_first_images(data_dir):
 
 def test_synthetic_digits_repeat_by_seed_and_do_not_leak():
     def draw(seed):
-        loaders = make_loaders("--dataset", "synthetic", "--seed", seed)
-        return [(loader.images, loader.labels) for loader in loaders]
+        data = load_data("--dataset", "synthetic", "--seed", seed)
+        return data.train_loader.dataset.tensors, data.test_loader.dataset.tensors
 
     (train_images, train_labels), (test_images, _) = draw(0)
     assert (train_images.shape, test_images.shape) == ((60_000, 1, 28, 28), (10_000, 1, 28, 28))
@@ -436,6 +438,18 @@ def test_random_affine_moves_as_far_as_asked():
     assert 4.5 < height.max() < 5.6
 
 
+def test_random_affine_turns_without_shearing_where_the_image_is_not_square():
+    torch.manual_seed(0)
+    images = torch.zeros(50, 1, 20, 60)
+    images[:, :, 8:12, 15:45] = 1  # a bar of 30x4 pixels in the middle
+    turned = common.random_affine(images, 30, 0, 0)
+    assert (turned.sum(dim=(1, 2, 3)) - 120).abs().max() < 2  # a turn keeps the area
+    y, x = torch.meshgrid(torch.arange(20) - 9.5, torch.arange(60) - 29.5, indexing="ij")
+    squares = (turned * (x**2 + y**2)).sum(dim=(1, 2, 3))  # and each point's distance from the middle
+    assert (squares / squares.mean() - 1).abs().max() < 0.02
+    assert (turned * x * y).sum(dim=(1, 2, 3)).abs().max() > 3000
+
+
 @each_device
 def test_random_affine_keeps_shape_range_and_device(device):
     images = torch.rand(1, 1, 28, 28, device=device).expand(50, -1, -1, -1)
@@ -465,7 +479,7 @@ def test_evaluate_by_hand_with_an_uneven_last_batch(device):
     model = Constant(math.log(3.0), 0.0, 0.0).to(device)  # says class 0 with 3/5, the others with 1/5
     labels = torch.tensor([0, 0, 1, 2, 2])
     loader = DataLoader(TensorDataset(torch.zeros(5, 1, 28, 28), labels), batch_size=2)
-    loss, accuracy, confusion = common.evaluate(model, loader)
+    loss, accuracy, confusion, _ = common.evaluate(model, loader)
     assert loss == pytest.approx((2 * math.log(5 / 3) + 3 * math.log(5)) / 5)
     assert accuracy == pytest.approx(2 / 5)
     assert confusion.tolist() == [[2, 0, 0], [1, 0, 0], [2, 0, 0]]
@@ -473,7 +487,7 @@ def test_evaluate_by_hand_with_an_uneven_last_batch(device):
 
 def test_evaluate_a_model_that_knows_nothing():
     batches = [(torch.zeros(10, 1, 28, 28), torch.arange(10))]  # any iterable of batches will do
-    loss, accuracy, confusion = common.evaluate(Constant(*[0.0] * 10), batches)
+    loss, accuracy, confusion, _ = common.evaluate(Constant(*[0.0] * 10), batches)
     assert loss == pytest.approx(math.log(10))
     assert accuracy == pytest.approx(0.1)
     assert confusion.shape == (10, 10)
@@ -531,7 +545,8 @@ def test_load_takes_the_sizes_from_the_file(train, fail, tmp_path):
     train(rnn_mnist, "--epochs", 0, "--load", file, "--hidden", 16)
     status, message = fail(rnn_mnist, "--load", file, "--hidden", 128)
     assert status == 1
-    assert f"--hidden 128 does not fit {file}, whose --hidden is 16" in message
+    assert f"{file} holds RNN --hidden 16 --layers 1" in message
+    assert "this is RNN --hidden 128 --layers 1" in message
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt()], ids=repr)
@@ -627,7 +642,8 @@ def test_load_refuses_what_is_not_there_or_not_its_own(tmp_path, train, fail):
         train(script, "--epochs", 1, "--save", file)
         status, message = fail(other, "--load", file)
         assert status == 1
-        assert "a network of the other script" in message
+        assert f"{file} holds {'CNN' if script is cnn_mnist else 'RNN'}" in message
+        assert f"this is {'RNN' if script is cnn_mnist else 'CNN'}" in message
 
 
 def test_weights_saved_on_a_gpu_load_on_a_cpu(tmp_path, train, monkeypatch):
@@ -776,7 +792,8 @@ def test_errors_most_confident_first(device, tmp_path, capsys):
     labels = torch.ones(130, dtype=torch.int64, device=device)
     labels[-1] = 0  # the brightest is right
     file, model = tmp_path / "errors.png", Brightness().to(device)
-    common.draw_errors(file, model, common.Loader(images, labels, 50), ["zero", "one"])
+    loader = common.Loader(images, labels, 50)
+    common.draw_errors(file, common.evaluate(model, loader).logits, loader, ["zero", "one"])
     assert capsys.readouterr().out == f"{file} shows 100 of 129 mistakes.\n"
     sheet = pil_to_tensor(Image.open(file))[0]
     cells = sheet[2:, 2:].unfold(0, 140, 142).unfold(1, 120, 122)  # (10, 10, 140, 120), make_grid's padding being 2
@@ -786,13 +803,13 @@ def test_errors_most_confident_first(device, tmp_path, capsys):
         assert torch.equal(shown, (image[0] * 255).round().to(torch.uint8).cpu())
         assert (cells[place // 10, place % 10, 90:] < 128).sum() > 100  # there is text below
     loader = DataLoader(TensorDataset(images[:12], labels[:12]), batch_size=5)
-    common.draw_errors(file, model, loader, ["zero", "one"])
+    common.draw_errors(file, common.evaluate(model, loader).logits, loader, ["zero", "one"])
     assert pil_to_tensor(Image.open(file))[0, -140:, -900:].min() == 255  # nothing where there are no more mistakes
 
 
 def test_errors_without_a_mistake(tmp_path, capsys):
     loader = common.Loader(torch.rand(3, 1, 28, 28), torch.zeros(3, dtype=torch.int64), 2)
-    common.draw_errors(tmp_path / "errors.png", Brightness(), loader, ["zero", "one"])
+    common.draw_errors(tmp_path / "errors.png", common.evaluate(Brightness(), loader).logits, loader, ["zero", "one"])
     assert "No mistakes" in capsys.readouterr().out
     assert not (tmp_path / "errors.png").exists()
 
