@@ -38,7 +38,9 @@ def main(argv=None):
     common.prepare_process(args.seed)
 
     # model
-    model = CNN().to(args.device, memory_format=torch.channels_last)
+    # Channels-last convolutions are faster, but wrong on Apple's GPUs in some versions of PyTorch.
+    layout = torch.contiguous_format if args.device.type == "mps" else torch.channels_last
+    model = CNN().to(args.device, memory_format=layout)
     if args.load:
         common.load_weights(model, args)
     if args.predict:
@@ -58,7 +60,8 @@ def main(argv=None):
     # train
     common.print_header(args, model, data)
     for epoch in range(1, args.epochs + 1):
-        progress, start = f"Epoch [{epoch}/{args.epochs}]", common.clock(args.device)
+        progress, loss_sum, count = f"Epoch [{epoch}/{args.epochs}]", 0, 0
+        start = common.clock(args.device)
         for step, (images, labels) in enumerate(data.train_loader, start=1):
             if args.augment:
                 images = common.random_affine(images, shift=1)  # more is too much for a network this small
@@ -72,21 +75,25 @@ def main(argv=None):
             optimizer.step()
             if args.one_cycle:
                 scheduler.step()
+            loss_sum, count = loss_sum + loss.detach() * len(labels), count + len(labels)
             if step % 100 == 0 or step == steps:
-                common.check_finite(loss, epoch, step)
+                common.check_finite(loss.item(), epoch, step)
                 print(f"{progress}, Step [{step}/{steps}], Loss: {loss:.4f}")
         seconds = common.clock(args.device) - start
-        evaluation = common.evaluate(model, data.test_loader)
-        print(f"{progress}, {common.scores(evaluation)}, Time: {seconds:.2f} s")
+        evaluation = common.evaluate(model, data.eval_loader)
+        common.check_finite(evaluation.loss, epoch, steps)
+        print(f"{progress}, {common.scores(data, evaluation)}, Time: {seconds:.2f} s")
+        if args.log:
+            common.log_epoch(args, data, epoch, loss_sum / count, evaluation, seconds)
         if args.save:
             common.save_weights(model, args, data, epoch)
 
     # report
     if not args.epochs:
-        evaluation = common.evaluate(model, data.test_loader)
+        evaluation = common.evaluate(model, data.eval_loader)
     common.report(args, data, evaluation)
     return model
 
 
 if __name__ == "__main__":
-    common.run(main)
+    model = common.run(main)

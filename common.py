@@ -5,15 +5,21 @@ A split is two tensors that stay on the device: images (N, 1, 28, 28), float32 i
 """
 
 import argparse
+import builtins
 import contextlib
 import ctypes
+import errno
 import io
 import math
 import os
+import re
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +35,7 @@ DATASETS = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "km
 # Small enough for the activations of a batch to stay in a processor's cache.
 TEST_BATCH_SIZE = 200
 SIZES = ("hidden", "layers")  # the options that give a network its size, kept with its weights
+OUT_OF_MEMORY = "out of memory; use a smaller --batch-size, a smaller --limit or a smaller network"
 
 
 # ---- the process ----
@@ -37,41 +44,77 @@ SIZES = ("hidden", "layers")  # the options that give a network its size, kept w
 class UserError(Exception):
     """A mistake that the user can correct; the text says what is wrong and what to do."""
 
+    def _render_traceback_(self):  # what a notebook shows of it
+        return [f"error: {self}"]
+
 
 def reason(error):
     """Return in one line what an exception says; for an OSError, the operating system's words alone."""
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
+def short_of_memory(error):
+    """Return whether an exception says that there is not enough memory, for which torch has many words."""
+    words = "out of memory|allocate|bad.alloc|alloc_failed|storage size|create a primitive|overflow when unpacking"
+    if isinstance(error, (RuntimeError, TypeError)):
+        return bool(re.search(words, str(error).partition("\n")[0], re.IGNORECASE))
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+
+
+def explain(error, advice):
+    """Return the UserError for an exception: with the advice, but where memory is short, with what helps there."""
+    return UserError(OUT_OF_MEMORY if short_of_memory(error) else advice)
+
+
 def run(main):
-    """Run main() as a process: exit with 1 and one `error:` line for what a user can mend, with 130 after Ctrl-C."""
-    sys.stdout.reconfigure(line_buffering=True)  # a pipe shows progress while it happens
+    """Run main() as a program and return its model; where it fails, end Python with its message and exit status.
+
+    The status is 1, with an `error:` line, for what a user can correct, and 130 after Ctrl-C. Where Python goes on, as
+    in a notebook, it is not ended: after Ctrl-C the model is returned as it then is.
+    """
+    with contextlib.suppress(AttributeError):  # a notebook's or an IDE's stdout needs no setting and has none
+        # A pipe shows progress while it happens; a file name that the terminal's encoding lacks does not stop a run.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    model = None
     try:
-        main()
+        return main()
     except KeyboardInterrupt as error:
         # What main() had got to is in its frame, if it had begun.
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code is main.__code__]
-        args = frames[0].f_locals.get("args") if frames else None
-        print(f"Interrupted. {args.last_saved if args else ''}".strip(), file=sys.stderr)
-        sys.exit(130)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        # At exit Python writes what stdout still holds: where stdout is what failed, that would fail again.
+        found = frames[0].f_locals if frames else {}
+        model, args = found.get("model"), found.get("args")
+        status, message = 130, f"Interrupted. {args.last_saved if args else ''}".strip()
+    except Exception as error:
+        if isinstance(error, OSError):
+            stop_if_stdout_fails(error)
+        if not isinstance(error, UserError) and not short_of_memory(error):
+            raise  # a mistake in the program: its traceback says where
+        error = explain(error, str(error))
+        if hasattr(builtins, "__IPYTHON__"):
+            raise error from None  # a notebook shows it in one line, and does not go on to its next cell
+        status, message = 1, f"error: {error}"
+    print(message, file=sys.stderr)
+    if hasattr(sys, "ps1") or sys.flags.interactive:
+        return model
+    sys.exit(status)
+
+
+def stop_if_stdout_fails(error):
+    """End Python with status 1 where an OSError came from writing to stdout."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        # At exit Python writes what stdout still holds, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         # A reader that has seen enough, as in `| head -1`, wants no message.
         sys.exit(1 if isinstance(error, BrokenPipeError) else f"error: {error}")
-    except RuntimeError as error:  # torch has no error of its own for a CPU without enough memory
-        if not any(words in str(error) for words in ("out of memory", "allocate memory", "Storage size")):
-            raise
-        sys.exit("error: out of memory; use a smaller --batch-size or a smaller network")
 
 
 def prepare_process(seed):
-    """Seed torch on every device, let CUDA use only algorithms that give the same bits each time, and keep memory."""
+    """Seed torch on every device, let a GPU use only algorithms that give the same bits each time, and keep memory."""
     keep_memory()
     torch.manual_seed(seed)
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.deterministic = torch.backends.mkldnn.deterministic = True  # mkldnn: Intel's GPUs
     # Wanted for LSTMs, see the warning in https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
 
@@ -132,15 +175,36 @@ def learning_rate(text):
     return value
 
 
+def file_name(text):
+    """argparse type: a name that is not empty, as a shell variable is that was never set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+
 def find_device(name):
     """argparse type: the torch.device called `name`, for `auto` the machine's accelerator, else the CPU."""
     names = ["cpu"]
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator().type
         names = [accelerator, *(f"{accelerator}:{i}" for i in range(torch.accelerator.device_count())), "cpu"]
-    if name != "auto" and name not in names:
-        raise argparse.ArgumentTypeError(f"{name!r} is not on this machine; choose from auto, {', '.join(names)}")
-    return torch.device(names[0] if name == "auto" else name)
+    device = names[0] if name == "auto" else name
+    try:
+        if device.startswith("cuda"):
+            if not torch.backends.cuda.is_built():
+                raise ValueError("this PyTorch has no CUDA; install one that has, see https://pytorch.org/get-started")
+            torch.cuda.init()  # fails, and says why, without a GPU, without its driver, and with one that is too old
+        if device not in names:
+            raise ValueError("it is not on this machine")
+        (torch.ones(1, device=device) + 1).item()  # fails on a GPU for which this PyTorch was not built
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+        if name != "auto":
+            advice = f"{name!r} cannot be used: {why}; choose from auto, {', '.join(names)}"
+            raise argparse.ArgumentTypeError(advice) from error
+        print(f"{device} cannot be used: {why}; taking the CPU", file=sys.stderr)
+        device = "cpu"
+    return torch.device(device)
 
 
 def make_parser(description):
@@ -161,47 +225,62 @@ def make_parser(description):
     add = parser.add_argument_group("data").add_argument
     names = [*DATASETS, "synthetic"]
     add("--dataset", choices=names, default="mnist", metavar="NAME", help=f"{', '.join(names)} (default: %(default)s)")
-    add("--data-dir", default="data", metavar="DIR", help="where data sets are kept (default: %(default)s)")
+    add("--data-dir", type=file_name, default="data", metavar="DIR", help="folder of data sets (default: %(default)s)")
     add("--limit", type=at_least(1), metavar="N", help="train on the first N training images (default: all)")
+    add("--validate", type=at_least(1), metavar="N", help="hold out the last N training images, and test on them alone")
 
     add = parser.add_argument_group("results").add_argument
-    add("--save", metavar="FILE", help="write the weights after each epoch")
-    add("--load", metavar="FILE", help="start from the weights in a file that --save wrote")
-    add("--predict", nargs="+", metavar="IMAGE", help="with --load: say which digit each picture shows, train nothing")
-    add("--errors", metavar="FILE", help="afterwards: a picture of test images that the network gets wrong")
+    add("--log", type=file_name, metavar="FILE", help="write losses and accuracy of each epoch, as a table (CSV)")
+    add("--save", type=file_name, metavar="FILE", help="write the weights after each epoch")
+    add("--load", type=file_name, metavar="FILE", help="start from the weights in a file that --save wrote")
+    add("--predict", type=file_name, nargs="+", metavar="IMAGE", help="with --load: name the digit in each picture")
+    add("--errors", type=file_name, metavar="FILE", help="afterwards: a picture of images that the network gets wrong")
     return parser
 
 
 def parse_args(parser, argv):
     """Return the options in `argv`, completed: --lr by --one-cycle, the network's sizes by the file to --load.
 
-    `args.saved` is what that file holds, or None, and `args.last_saved` says what --save has written so far. Raises
-    UserError where a file that an option names cannot serve.
+    `args.saved` is what that file holds, or None; `args.last_saved` says what --save has written so far, and
+    `args.log_rows` is what --log has. Raises UserError where a file that an option names cannot serve.
     """
+    if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
+        argv = []  # in a notebook the command line is that of its kernel
     args = parser.parse_args(argv)
     if args.predict and not args.load:
         parser.error("argument --predict: needs the weights of a trained network, see --load")
+    if args.predict and (args.log or args.save or args.errors):
+        parser.error("argument --predict: trains and evaluates nothing that --log, --save or --errors could keep")
+    if not args.epochs and (args.log or args.save):
+        parser.error("argument --epochs: 0 trains nothing that --log or --save could keep")
+    weights = {os.path.realpath(file) for file in (args.save, args.load) if file}
+    files = [*weights, *(os.path.realpath(file) for file in (args.log, args.errors) if file)]
+    if len(set(files)) < len(files):
+        parser.error("--log and --errors need a file each, and not that of --save or --load")
     saved = read_saved(args.load) if args.load else None
     if saved:
-        args = parser.parse_args(argv, argparse.Namespace(**saved["sizes"]))  # these count as defaults
-    args.saved, args.last_saved = saved, ""
+        sizes = {name: size for name, size in saved["sizes"].items() if name in args}
+        args = parser.parse_args(argv, argparse.Namespace(**sizes, device=args.device))  # these count as defaults
+    args.saved, args.last_saved, args.log_rows = saved, "", []
     args.lr = args.lr or (0.01 if args.one_cycle else 0.001)
-    if args.save:
-        write_file(args.save, Path.touch, trial=True)
-    if args.errors:
-        write_file(args.errors, Image.new("RGB", (1, 1)).save, trial=True)
+    for file, write in (args.log, Path.touch), (args.save, Path.touch), (args.errors, Image.new("RGB", (1, 1)).save):
+        if file:
+            write_file(file, write, trial=True)
     return args
 
 
 # ---- data ----
 
 
-def random_affine(images, degrees=10, scale=0.1, shift=3, generator=None):
+def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
     """Turn, scale and shift each image at random, each in its own way, on the device that they are on.
 
     images: (N, C, H, W) float. degrees, scale and shift are the most that the angle, the size (as a fraction) and
-    the position (in pixels along each axis) change by. Returns (N, C, H, W); what comes in from outside is 0.
+    the position (in pixels along each axis) change by. Returns (N, C, H, W); what comes in from outside is 0. Raises
+    UserError for what has no such shape.
     """
+    if images.dim() != 4:
+        raise UserError(f"--augment takes images (N, C, H, W), not {tuple(images.shape)}; train without it")
     angle, size, dx, dy = torch.rand(4, len(images), device=images.device, generator=generator) * 2 - 1
     angle, size = angle * math.radians(degrees), 1 + size * scale
     cos, sin = angle.cos() / size, angle.sin() / size
@@ -236,7 +315,7 @@ def read_dataset(name, data_dir):
     Raises UserError where the data set can neither be read nor fetched, and where its files are damaged.
     """
     dataset = DATASETS[name]
-    folder = Path(data_dir).expanduser() / dataset.__name__
+    folder = Path(os.path.expanduser(data_dir)) / dataset.__name__
     try:
         splits = [dataset(data_dir, train=train, download=True) for train in (True, False)]
         for split in splits:
@@ -253,39 +332,51 @@ def read_dataset(name, data_dir):
                 f"{folder} cannot be read or fetched ({reason(error)}); name the folder that holds "
                 f"{dataset.__name__} with --data-dir, or train on drawn digits with --dataset synthetic"
             )
-        raise UserError(advice) from error
+        raise explain(error, advice) from error
     return [(split.data, split.targets) for split in splits]
 
 
 class Data(NamedTuple):
     """What a script trains and evaluates on, and the words for it in all that is printed, drawn and saved."""
 
-    train_loader: Any  # an iterable of batches: images (N, C, H, W) or whatever the network takes, and labels (N,)
-    test_loader: Any
+    train_loader: Any  # an iterable of batches: inputs (N, ...) as the network takes them, and labels (N,)
+    eval_loader: Any  # the same, in the same order in each pass
     classes: list  # a name for each output of the network
     name: str = "data of your own"
+    split: str = "test"  # what eval_loader holds
 
 
 def load_data(args):
     """Return the Data that the options ask for, its tensors on the device.
 
-    Raises UserError where the data set cannot be had.
+    Raises UserError where the data set cannot be had, and where --validate leaves nothing to train on.
     """
     # A generator of its own: nothing else that draws random numbers changes the digits or their order.
     generator = torch.Generator().manual_seed(args.seed)
     if args.dataset == "synthetic":
-        train, test = [draw_digits(count, generator) for count in (60_000, 10_000)]
+        train, evaluated = [draw_digits(count, generator) for count in (60_000, 10_000)]
     else:
-        train, test = read_dataset(args.dataset, args.data_dir)
+        train, evaluated = read_dataset(args.dataset, args.data_dir)
+    if args.validate:
+        kept = len(train[1]) - args.validate
+        if kept < 1:
+            raise UserError(f"--validate {args.validate} leaves none of {len(train[1])} training images to train on")
+        train, evaluated = [tensor[:kept] for tensor in train], [tensor[kept:] for tensor in train]
+    train_loader = Loader(
+        *on_device(*(tensor[: args.limit] for tensor in train), args.device), args.batch_size, generator
+    )
+    eval_loader = Loader(*on_device(*evaluated, args.device), TEST_BATCH_SIZE)
+    # MNIST's own names are "0 - zero" and so on.
+    classes = [name.partition(" - ")[0] for name in DATASETS.get(args.dataset, datasets.MNIST).classes]
+    return Data(train_loader, eval_loader, classes, args.dataset, "validation" if args.validate else "test")
 
-    def on_device(images, labels):
-        return images.unsqueeze(1).to(args.device).float().div_(255), labels.to(args.device)
 
-    train_loader = Loader(*on_device(*(tensor[: args.limit] for tensor in train)), args.batch_size, generator)
-    # MNIST itself calls its classes "0 - zero" and so on.
-    named = args.dataset in ("fashion-mnist", "kmnist")
-    classes = DATASETS[args.dataset].classes if named else list("0123456789")
-    return Data(train_loader, Loader(*on_device(*test), TEST_BATCH_SIZE), classes, args.dataset)
+# ---- loaders and evaluation; needs nothing else of this file, for a program of one file ----
+
+
+def on_device(images, labels, device):
+    """Return uint8 images (N, H, W) as float (N, 1, H, W) in [0, 1], and labels (N,), both on the device."""
+    return images.unsqueeze(1).to(device).float().div_(255), labels.to(device)
 
 
 class Loader:
@@ -306,9 +397,6 @@ class Loader:
         order = torch.randperm(count, generator=self.generator) if self.generator else torch.arange(count)
         for indices in order.to(self.dataset.tensors[0].device).split(self.batch_size):
             yield self.dataset[indices]
-
-
-# ---- evaluation and report ----
 
 
 @torch.no_grad()
@@ -360,46 +448,71 @@ def per_class(confusion):
     return hits / predicted.clamp(min=1), hits / count.clamp(min=1), f1, count
 
 
-def print_table(confusion, classes):
-    """Print precision, recall, F1 and count of each class."""
-    print(f"{'Class':<12}{'Precision':>10}{'Recall':>10}{'F1':>10}{'Count':>10}")
+def print_report(confusion, classes):
+    """Print precision, recall, F1 and count of each class, and the confusion matrix (C, C) below."""
+    width = max(12, *(len(name) + 2 for name in classes))
+    print(f"{'Class':<{width}}{'Precision':>10}{'Recall':>10}{'F1':>10}{'Count':>10}")
     for name, precision, recall, f1, count in zip(classes, *per_class(confusion), strict=True):
-        print(f"{name:<12}{precision:>10.4f}{recall:>10.4f}{f1:>10.4f}{count:>10}")
+        print(f"{name:<{width}}{precision:>10.4f}{recall:>10.4f}{f1:>10.4f}{count:>10}")
+    print("Confusion matrix, a row per true class, a column per predicted class:")
+    column = max(6, len(str(confusion.max().item())) + 2)
+    for name, row in [("", [name[: column - 1] for name in classes]), *zip(classes, confusion.tolist(), strict=True)]:
+        print(f"{name:<{width}}" + "".join(f"{count:>{column}}" for count in row))
+
+
+# ---- report ----
 
 
 def print_header(args, model, data):
-    """Print the line that says what is trained, on what."""
+    """Print the line that says what is trained, on what. Raises UserError where network and classes do not fit."""
+    check_outputs(predict(model, [next(iter(data.eval_loader))])[0], data.classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"Device: {args.device}, Model: {type(model).__name__} ({parameters:,} parameters), Data: {data.name} "
-        f"({len(data.train_loader.dataset):,} training and {len(data.test_loader.dataset):,} test images)"
+        f"({len(data.train_loader.dataset):,} training and {len(data.eval_loader.dataset):,} {data.split} samples)"
     )
 
 
+def check_outputs(logits, classes):
+    """Raise UserError where logits (N, C) are not one for each class."""
+    outputs = logits.shape[1]
+    if outputs != len(classes):
+        raise UserError(f"the network has {outputs} outputs, but {len(classes)} classes have a name; make them equal")
+
+
 def check_finite(loss, epoch, step):
-    """Raise UserError where the loss, a tensor of one element, is nan or infinite."""
-    if not loss.isfinite():
-        raise UserError(f"the loss is {loss.item()} at epoch {epoch}, step {step}; try a smaller --lr")
+    """Raise UserError where the loss is nan or infinite."""
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} at epoch {epoch}, step {step}; try a smaller --lr")
 
 
-def scores(evaluation):
+def scores(data, evaluation):
     """Return the words for an Evaluation's loss and accuracy."""
-    return f"Test loss: {evaluation.loss:.4f}, Test accuracy: {evaluation.accuracy:.2%}"
+    split = data.split.capitalize()
+    return f"{split} loss: {evaluation.loss:.4f}, {split} accuracy: {evaluation.accuracy:.2%}"
+
+
+def log_epoch(args, data, epoch, train_loss, evaluation, seconds):
+    """Write to --log the row of an epoch below those before it; see write_file. The losses are means per sample."""
+    args.log_rows.append(f"{epoch},{train_loss:.6f},{evaluation.loss:.6f},{evaluation.accuracy:.6f},{seconds:.2f}\n")
+    head = f"epoch,train_loss,{data.split}_loss,{data.split}_accuracy,seconds\n"
+    write_file(args.log, lambda path: path.write_text(head + "".join(args.log_rows)))
 
 
 def report(args, data, evaluation):
     """Print the closing report on the last Evaluation, and draw the mistakes where --errors asks for them."""
-    print("Training finished." if args.epochs else scores(evaluation))
-    print_table(evaluation.confusion, data.classes)
+    print("Training finished." if args.epochs else scores(data, evaluation))
+    print_report(evaluation.confusion, data.classes)
     if args.errors:
-        draw_errors(args.errors, evaluation.logits, data.test_loader, data.classes)
+        draw_errors(args.errors, evaluation.logits, data.eval_loader, data.classes)
 
 
 def draw_errors(file, logits, loader, classes):
     """Draw up to 100 images that the model gets wrong, the most confident mistake first.
 
-    logits: (N, C), what the model says of the images in `loader`, which come in the same order in each pass. The
-    ending of `file` says in which format. Raises UserError where it cannot be written.
+    logits: (N, C), what the model says of the images in `loader`, which come in the same order in each pass: colour
+    images (3, H, W), or grey ones, of which several, as (C, H, W), are drawn one below the other. Values outside [0, 1]
+    are all scaled into it. The ending of `file` says in which format. Raises UserError where it cannot be written.
     """
     images, labels = (torch.cat(batches).to(logits.device) for batches in zip(*loader, strict=True))
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
@@ -407,10 +520,15 @@ def draw_errors(file, logits, loader, classes):
     if not len(wrong):
         print(f"No mistakes, so {file} is not written.")
         return
+    low, high = images.min().clamp(max=0), images.max().clamp(min=1)
     font, cells = ImageFont.load_default(size=13), []
+    width = 36 + max(84, *(int(font.getlength(f"true: {name}")) for name in classes))
     for i in wrong[confidence[wrong].argsort(descending=True)][:100].tolist():
-        cell = Image.new("L", (120, 140), "white")
-        cell.paste(to_pil_image(images[i]).resize((84, 84), Image.Resampling.NEAREST), (18, 4))
+        image = (images[i] - low) / (high - low)
+        grey = image.reshape(1, -1, image.shape[-1])
+        picture = to_pil_image(image if image.shape[:-2] == (3,) else grey).convert("RGB")
+        cell = Image.new("RGB", (width, 140), "white")
+        cell.paste(ImageOps.pad(picture, (84, 84), Image.Resampling.BOX, "white"), (18, 4))
         text = f"true: {classes[labels[i]]}\nsaid: {classes[predicted[i]]}\n{confidence[i]:.1%} sure"
         ImageDraw.Draw(cell).multiline_text((18, 90), text, fill="black", font=font, spacing=2)
         cells.append(pil_to_tensor(cell))
@@ -418,7 +536,15 @@ def draw_errors(file, logits, loader, classes):
     print(f"{file} shows {len(cells)} of {len(wrong)} mistakes.")
 
 
-# ---- saved weights ----
+# ---- files: saved weights ----
+
+
+def regular_file(file):
+    """Return the Path of a file, links followed. Raises OSError where it is there and is a folder, pipe or device."""
+    path = Path(os.path.realpath(file))
+    if path.is_symlink() or path.exists() and not path.is_file():  # still a link: one of a loop
+        raise OSError("it is not a regular file")
+    return path
 
 
 def write_file(file, write, trial=False):
@@ -426,20 +552,19 @@ def write_file(file, write, trial=False):
 
     Raises UserError where the file cannot be written.
     """
-    path = Path(file).resolve()
-    # Beside it, as only a move within a file system is one step; with its ending, from which Pillow takes the format.
-    part = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is not a regular file")
-        write(part)
-        if not trial:
-            part.replace(path)
-    except (OSError, ValueError) as error:  # ValueError: Pillow does not know the ending
-        raise UserError(f"cannot write {file} ({reason(error)}); name another place") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        path = regular_file(file)
+        # Beside it, as only a move within a file system is one step; with its name, whose ending is the format.
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent, ignore_cleanup_errors=True) as folder:
+            part = Path(folder, path.name)
+            write(part)
+            if path.exists():
+                shutil.copymode(path, part)  # what was private stays private
+            if not trial:
+                part.replace(path)
+    except Exception as error:  # depending on the format, Pillow raises about anything
+        why = "Pillow does not write this format" if isinstance(error, KeyError) else reason(error)
+        raise explain(error, f"cannot write {file} ({why}); name another file") from error
 
 
 def network(model, args):
@@ -448,9 +573,15 @@ def network(model, args):
 
 
 def save_weights(model, args, data, epoch):
-    """Write to --save the weights and what is needed to build and use the network again; see write_file."""
+    """Write to --save the weights and what is needed to build and use the network again; see write_file.
+
+    Raises UserError where a weight is not finite.
+    """
+    weights = model.state_dict()
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise UserError(f"the weights are not finite after epoch {epoch}, and not saved; try a smaller --lr")
     buffer = io.BytesIO()  # where torch itself writes to a full disk, its error does not say so
-    torch.save({**network(model, args), "classes": data.classes, "weights": model.state_dict()}, buffer)
+    torch.save({**network(model, args), "classes": list(data.classes), "weights": weights}, buffer)
     write_file(args.save, lambda path: path.write_bytes(buffer.getvalue()))
     args.last_saved = f"{args.save} holds the weights after epoch {epoch}."
 
@@ -458,15 +589,26 @@ def save_weights(model, args, data, epoch):
 def read_saved(file):
     """Return what save_weights wrote to `file`, its tensors on the CPU. Raises UserError for any other file."""
     try:
+        content = io.BytesIO(regular_file(file).read_bytes())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is odd about the file is an error anyway
-            saved = torch.load(file, map_location="cpu", weights_only=True)  # data only: no code in it is run
-        if set(saved) != {"model", "sizes", "classes", "weights"}:
+            saved = torch.load(content, map_location="cpu", weights_only=True)  # data only: no code in it is run
+            sizes, classes, weights = saved["sizes"], saved["classes"], saved["weights"]
+        if not (
+            zipfile.ZipFile(content).testzip() is None  # torch does not look at the sums over its content
+            and saved.keys() == {"model", "sizes", "classes", "weights"}
+            and isinstance(saved["model"], str)
+            and all(name in SIZES and type(size) is int and 0 < size < 2**63 for name, size in sizes.items())
+            and isinstance(classes, list)
+            and all(isinstance(name, str) for name in classes)
+            and all(isinstance(name, str) and tensor.isfinite().all() for name, tensor in weights.items())
+        ):
             raise ValueError("other content")
     except OSError as error:
-        raise UserError(f"cannot read {file} ({reason(error)}); --load takes a file that --save wrote") from error
+        raise explain(error, f"cannot read {file} ({reason(error)}); --load takes a file that --save wrote") from error
     except Exception as error:  # depending on where the file is odd, torch.load raises about anything
-        raise UserError(f"{file} is damaged, or no file that --save wrote; train again with --save") from error
+        advice = f"{file} is damaged, or no file that --save wrote; train again with --save"
+        raise explain(error, advice) from error
     return saved
 
 
@@ -483,7 +625,8 @@ def load_weights(model, args):
         model.load_state_dict(args.saved["weights"])
     except RuntimeError as error:
         advice = "use the script and the options that it was trained with, or train again with --save"
-        raise UserError(f"{args.load} holds {held}, which does not fit here: {reason(error)}; {advice}") from error
+        advice = f"{args.load} holds {held}, which does not fit here: {reason(error)}; {advice}"
+        raise explain(error, advice) from error
 
 
 # ---- pictures of your own ----
@@ -498,7 +641,9 @@ def grey_levels(image):
         paper = drawn if (alpha > 127).float().mean() > 0.5 else 255 * (drawn < 128)
         return paper + (grey - paper).nan_to_num() * alpha / 255
     if image.mode[0] in "IF":  # 16 or 32 bits per pixel
-        grey = pil_to_tensor(image)[0].float()
+        grey = pil_to_tensor(image.convert("F"))[0]
+        if not grey.isfinite().all():
+            raise ValueError("a pixel of it is not a finite number")
         return grey * 255 / grey.max().clamp(min=1)
     return pil_to_tensor(image.convert("L"))[0].float()
 
@@ -530,6 +675,9 @@ def mnist_form(grey):
     noise = 1.4826 * ink.abs().median()  # the median absolute deviation, scaled to a standard deviation
     if ink.max() < 8 * noise + 12:
         raise ValueError("there is nothing on it")
+    dark = grey[0, 0] < grey.min() + 0.25 * (grey.max() - grey.min())
+    if any(edge.all() for edge in (dark[0], dark[-1], dark[:, 0], dark[:, -1])):
+        raise ValueError("an edge of it is not paper all along; cut it so that there is paper around the digit")
     ink = ((ink - 4 * noise) / (ink.max() - 4 * noise)).clamp(0, 1)
     drawn = ink[0, 0] > 0.25
     rows, columns = drawn.any(dim=1).nonzero(), drawn.any(dim=0).nonzero()
@@ -547,26 +695,37 @@ def read_picture(file):
     """Return the digit in a picture file as mnist_form gives it. Raises UserError where there is none."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return mnist_form(grey_levels(ImageOps.exif_transpose(Image.open(file))))
+            # Pillow warns of a photo over 89 megapixels, and refuses one of twice that.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(regular_file(file))
+            image.draft("L", (512, 512))  # from a larger JPEG, read no more than that takes
+            return mnist_form(grey_levels(ImageOps.exif_transpose(image)))
     except Exception as error:  # a broken picture makes Pillow raise about anything
-        raise UserError(f"cannot read a digit from {file}: {reason(error)}") from error
+        raise explain(error, f"cannot read a digit from {file}: {reason(error)}") from error
 
 
 def predict_pictures(model, args):
     """Print for each picture of --predict the class that the model gives it, and how sure it is.
 
-    Raises UserError, after all the others have been answered, for those that show nothing.
+    Raises UserError where the model does not take such pictures and, after all the others have been answered, for those
+    that show nothing.
     """
+
+    def classify(image):
+        return predict(model, [(image.unsqueeze(0), torch.empty(1))])[0]  # nobody knows the label
+
+    try:
+        check_outputs(classify(torch.zeros(1, 28, 28)), args.saved["classes"])
+    except RuntimeError as error:
+        advice = f"--predict takes grey pictures of 28x28 pixels, which {args.load} is not for ({reason(error)})"
+        raise explain(error, advice) from error
     failures = []
     for file in args.predict:
         try:
-            image = read_picture(file)
+            confidence, label = classify(read_picture(file))[0].softmax(dim=0).max(dim=0)
         except UserError as error:
             failures.append(str(error))
-            continue
-        logits, _ = predict(model, [(image.unsqueeze(0), torch.empty(1))])  # nobody knows the label
-        confidence, label = logits[0].softmax(dim=0).max(dim=0)
-        print(f"{file}: {args.saved['classes'][label]} ({confidence:.1%})")
+        else:
+            print(f"{file}: {args.saved['classes'][label]} ({confidence:.1%})")
     if failures:
         raise UserError("; ".join(failures))

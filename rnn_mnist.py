@@ -58,7 +58,8 @@ def main(argv=None):
     # train
     common.print_header(args, model, data)
     for epoch in range(1, args.epochs + 1):
-        progress, start = f"Epoch [{epoch}/{args.epochs}]", common.clock(args.device)
+        progress, loss_sum, count = f"Epoch [{epoch}/{args.epochs}]", 0, 0
+        start = common.clock(args.device)
         for step, (images, labels) in enumerate(data.train_loader, start=1):
             if args.augment:
                 images = common.random_affine(images)
@@ -72,21 +73,25 @@ def main(argv=None):
             optimizer.step()
             if args.one_cycle:
                 scheduler.step()
+            loss_sum, count = loss_sum + loss.detach() * len(labels), count + len(labels)
             if step % 100 == 0 or step == steps:
-                common.check_finite(loss, epoch, step)
+                common.check_finite(loss.item(), epoch, step)
                 print(f"{progress}, Step [{step}/{steps}], Loss: {loss:.4f}")
         seconds = common.clock(args.device) - start
-        evaluation = common.evaluate(model, data.test_loader)
-        print(f"{progress}, {common.scores(evaluation)}, Time: {seconds:.2f} s")
+        evaluation = common.evaluate(model, data.eval_loader)
+        common.check_finite(evaluation.loss, epoch, steps)
+        print(f"{progress}, {common.scores(data, evaluation)}, Time: {seconds:.2f} s")
+        if args.log:
+            common.log_epoch(args, data, epoch, loss_sum / count, evaluation, seconds)
         if args.save:
             common.save_weights(model, args, data, epoch)
 
     # report
     if not args.epochs:
-        evaluation = common.evaluate(model, data.test_loader)
+        evaluation = common.evaluate(model, data.eval_loader)
     common.report(args, data, evaluation)
     return model
 
 
 if __name__ == "__main__":
-    common.run(main)
+    model = common.run(main)
