@@ -94,7 +94,7 @@ def run(main):
             raise error from None  # a notebook shows it in one line, and does not go on to its next cell
         status, message = 1, f"error: {error}"
     print(message, file=sys.stderr)
-    if hasattr(sys, "ps1") or sys.flags.interactive:
+    if hasattr(sys, "ps1") or sys.flags.interactive or "idlelib.run" in sys.modules:
         return model
     sys.exit(status)
 
@@ -660,6 +660,9 @@ def mnist_form(grey):
     The digit may be dark on light or the reverse, of any size, anywhere. As in LeCun, Bottou, Bengio and Haffner,
     "Gradient-based learning applied to document recognition" (1998), it is scaled to fit 20x20 pixels, and moved until
     its centre of mass is the centre: pixel (14, 14), as it is in MNIST's files. Raises ValueError where there is none.
+
+    The thresholds of noise (8, 12, 4) and of ink (0.25) were found by trial: with half or twice of any of them a CNN is
+    right on as many of 1,000 training images, drawn on large pages, to within 0.2 points, and no blank page is a digit.
     """
     grey = grey[None, None]  # (1, 1, H, W)
     if max(grey.shape) > 256:

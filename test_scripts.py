@@ -20,7 +20,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import datasets, transforms
@@ -285,15 +285,6 @@ def test_amp_on_a_cpu_without_bfloat16(data_dir):
     assert math.isfinite(losses(output)[-1])
 
 
-def test_network_sizes(train, fail):
-    assert sum(p.numel() for p in cnn_mnist.CNN().parameters()) == 20_490
-    assert sum(p.numel() for p in rnn_mnist.RNN().parameters()) == 214_282
-    model, output = train(rnn_mnist, "--epochs", 0, "--hidden", 16, "--layers", 3)
-    assert (model.lstm.hidden_size, model.lstm.num_layers) == (16, 3)
-    assert "RNN (7,466 parameters)" in output  # 4*16 * (28+16 + 2) + 2 * 4*16 * (16+16 + 2) + 170
-    fail(rnn_mnist, "--hidden", 2**61, says="error: out of memory; use a smaller --batch-size")
-
-
 def test_synthetic_digits_are_learned(capsys):
     # With a rate that falls to 0, the last steps depend little on how a machine rounds.
     rnn_mnist.main(["--dataset", "synthetic", "--limit", "30000", "--epochs", "1", "--batch-size", "50", "--one-cycle"])
@@ -301,20 +292,9 @@ def test_synthetic_digits_are_learned(capsys):
 
 
 @pytest.mark.skipif(not (HERE / "data/MNIST/raw/train-images-idx3-ubyte").is_file(), reason="MNIST is not in ./data")
-def test_real_mnist_is_learned(capsys, tmp_path):
-    model = cnn_mnist.main(["--data-dir", str(HERE / "data"), "--epochs", "1"])
+def test_real_mnist_is_learned(capsys):
+    cnn_mnist.main(["--data-dir", str(HERE / "data"), "--epochs", "1"])
     assert accuracies(capsys.readouterr().out)[0] >= 96
-    # Pictures of test images, large, dark on light, anywhere on a page, are recognized as well as the images.
-    images, labels = (part[::50] for part in mnist(HERE / "data"))
-    pictures, generator = [], torch.Generator().manual_seed(0)
-    for i, image in enumerate(images):
-        size, left, top = torch.randint(200, 400, (3,), generator=generator).tolist()
-        page, file = Image.new("L", (800, 800), "white"), tmp_path / ("page.png", "page.jpg")[i % 2]
-        page.paste(to_pil_image(1 - image).resize((size, size), Image.Resampling.BICUBIC), (left, top))
-        page.save(file)
-        pictures.append(common.read_picture(file))
-    right = [common.evaluate(model, [(batch, labels)]).accuracy for batch in (torch.stack(pictures), images)]
-    assert right[0] >= right[1] - 0.02
 
 
 # ---- the tutorial's bugs ----
@@ -354,7 +334,9 @@ def test_bug_undefined_names(script, data_dir):
     output, errors = process.communicate()
     assert (process.returncode, errors) == (0, "")
     header, *lines = output.splitlines()
-    assert re.fullmatch(r"Device: \S+, Model: [CR]NN \([\d,]+ parameters\), Data: mnist \(250 .* 130 test .*\)", header)
+    assert re.fullmatch(
+        r"Device: \S+, Model: (CNN \(20,490|RNN \(214,282) parameters\), Data: mnist \(250 .* 130 test .*\)", header
+    )
     for epoch in ("1", "2"):
         assert re.fullmatch(rf"Epoch \[{epoch}/2\], Step \[3/3\], Loss: \d\.\d{{4}}", lines.pop(0))
         result = rf"Epoch \[{epoch}/2\], Test loss: \d\.\d{{4}}, Test accuracy: \d+\.\d\d%, Time: \d+\.\d\d s"
@@ -368,6 +350,7 @@ def test_bug_undefined_names(script, data_dir):
 def test_bug_test_set_never_evaluated(script, options, train, data_dir, monkeypatch):
     """Every figure of the report and of the mistakes, worked out anew, one image at a time, in double precision."""
     texts = record(monkeypatch, ImageDraw.ImageDraw, "multiline_text", lambda self, at, text, **_: text)
+    monkeypatch.setattr(common, "TEST_BATCH_SIZE", 50)  # so that the last batch is smaller
     file, split = data_dir / "errors.png", "Validation" if "validate" in options else "Test"
     model, output = train(script, *options.split(), "--batch-size", 10, "--lr", 0.003, "--errors", file)
     images, labels = (part[-120:] for part in mnist(data_dir, train=True)) if "validate" in options else mnist(data_dir)
@@ -400,13 +383,10 @@ def test_bug_test_set_never_evaluated(script, options, train, data_dir, monkeypa
     assert said == sorted(f"{labels[n]}{predicted[n]}" for n in wrong)
 
 
-STEPS = [(100, ["3/3"]), (2, ["100/125", "125/125"]), (1000, ["1/1"]), (125, ["2/2"])]
-
-
-@pytest.mark.parametrize(("batch_size", "steps"), STEPS)
-def test_bug_steps_counted_without_the_last_batch(batch_size, steps, train):
-    _, output = train(cnn_mnist, "--epochs", 1, "--batch-size", batch_size)
-    assert re.findall(r"Step \[(.*)\]", output) == steps
+def test_bug_steps_counted_without_the_last_batch(train):
+    for batch_size, steps in ((100, ["3/3"]), (2, ["100/125", "125/125"]), (1000, ["1/1"]), (125, ["2/2"])):
+        _, output = train(cnn_mnist, "--epochs", 1, "--batch-size", batch_size)
+        assert re.findall(r"Step \[(.*)\]", output) == steps
 
 
 # ---- the process ----
@@ -438,10 +418,13 @@ def test_in_a_notebook(script, launcher, monkeypatch, fail):
 
 
 @posix
-@pytest.mark.parametrize(("ending", "found"), [("", "CNN"), ("Interrupted.", "CNN"), ("error: ", "NoneType")])
-def test_model_is_there_to_go_on_with(ending, found, data_dir):
-    options = [] if ending == "Interrupted." else ["--limit", 1] if not ending else ["--load", data_dir]
-    with start(cnn_mnist, "--data-dir", data_dir, "--batch-size", 1, *options, python=["-i"]) as process:
+@pytest.mark.parametrize(
+    ("script", "ending", "found"),
+    [(cnn_mnist, "", "CNN"), (rnn_mnist, "Interrupted.", "RNN"), (rnn_mnist, "error: ", "NoneType")],
+)
+def test_model_is_there_to_go_on_with(script, ending, found, data_dir):
+    options = {"": ["--limit", 1], "Interrupted.": [], "error: ": ["--load", data_dir]}[ending]
+    with start(script, "--data-dir", data_dir, "--batch-size", 1, *options, python=["-i"]) as process:
         if ending == "Interrupted.":
             process.stdout.readline()
             process.send_signal(signal.SIGINT)
@@ -468,6 +451,8 @@ def test_an_error_in_the_reader_s_own_code_keeps_its_traceback(error):
     RuntimeError("Storage size calculation overflowed"), torch.OutOfMemoryError("CUDA out of memory. Tried to ..."),
 ], ids=repr)  # fmt: skip
 def test_too_little_memory_is_called_nothing_else(error, monkeypatch, data_dir, train, fail):
+    says = "error: out of memory; use a smaller --batch-size"
+    fail(rnn_mnist, "--data-dir", data_dir, "--hidden", 2**61, says=says)
     file, picture = data_dir / "weights.pt", data_dir / "7.png"
     train(cnn_mnist, "--epochs", 1, "--save", file)
     draw_page(7).save(picture)
@@ -476,7 +461,7 @@ def test_too_little_memory_is_called_nothing_else(error, monkeypatch, data_dir, 
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, Mock(side_effect=error))
             options = ["--predict", picture] if owner is Image else ["--data-dir", data_dir, "--save", file]
-            fail(cnn_mnist, "--load", file, *options, says="error: out of memory; use a smaller --batch-size")
+            fail(cnn_mnist, "--load", file, *options, says=says)
 
 
 def test_time_is_that_of_training_alone_until_the_device_is_done(train, monkeypatch):
@@ -539,11 +524,9 @@ BAD = {
     **dict.fromkeys(["--epochs", "--seed"], WHOLE),
     **dict.fromkeys(["--batch-size", "--limit", "--validate", "--hidden", "--layers"], ["0", *WHOLE]),
     **dict.fromkeys(["--save", "--load", "--log", "--errors", "--data-dir", "--predict"], [""]),
-    **{
-        "--lr": ["0", "-1", "nan", "inf", "-inf", "x", "", "1e38"],
-        "--dataset": ["emnist"],
-        "--device": ["gpu", "meta"],
-    },
+    "--lr": ["0", "-1", "nan", "inf", "-inf", "x", "", "1e38"],
+    "--dataset": ["emnist"],
+    "--device": ["gpu", "meta"],
 }
 
 
@@ -567,20 +550,7 @@ def test_options_that_do_not_go_together(script, options, words, fail):
     fail(script, *options.split(), says=words, status=2)
 
 
-@pytest.mark.parametrize(("built", "error", "words"), [
-    (False, None, "this PyTorch has no CUDA; install one"),
-    (True, "The NVIDIA driver on your system is too old (found version 11040).", "driver on your system is too old"),
-    (True, "Found no NVIDIA driver on your system.", "Found no NVIDIA driver"),
-])  # fmt: skip
-def test_why_cuda_cannot_be_used(built, error, words, fail, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
-    monkeypatch.setattr(torch.cuda, "init", Mock(side_effect=RuntimeError(error)))
-    message, _ = fail(cnn_mnist, "--device", "cuda", says=words, status=2)
-    assert message.endswith("choose from auto, cpu\n")
-
-
-def test_auto_takes_the_accelerator_unless_it_is_too_old(fail, monkeypatch, capsys):
+def test_device(fail, monkeypatch, capsys):
     gpu = Mock(**{"current_accelerator.return_value": torch.device("xpu"), "device_count.return_value": 1})
     monkeypatch.setattr(torch, "accelerator", gpu)
     monkeypatch.setattr(torch, "ones", Mock(return_value=torch.tensor(1.0)))
@@ -590,6 +560,12 @@ def test_auto_takes_the_accelerator_unless_it_is_too_old(fail, monkeypatch, caps
     assert common.find_device("auto") == torch.device("cpu")
     assert capsys.readouterr().err.endswith("is available for execution on the device; taking the CPU\n")
     fail(cnn_mnist, "--device", "xpu", says="on the device; choose from auto, xpu, xpu:0, cpu\n", status=2)
+    gpu.is_available.return_value = False
+    for words in ("this PyTorch has no CUDA; install one", "The NVIDIA driver is too old", "Found no NVIDIA driver"):
+        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda words=words: "install" not in words)
+        monkeypatch.setattr(torch.cuda, "init", Mock(side_effect=RuntimeError(words)))
+        message, _ = fail(cnn_mnist, "--device", "cuda", says=f"'cuda' cannot be used: {words}", status=2)
+        assert message.endswith("choose from auto, cpu\n")
 
 
 # ---- data ----
@@ -598,14 +574,6 @@ def test_auto_takes_the_accelerator_unless_it_is_too_old(fail, monkeypatch, caps
 def order(loader):
     """The images of one pass, (N, 28*28)."""
     return torch.cat([images.cpu().flatten(1) for images, _ in loader])
-
-
-@each_device
-def test_loaders_give_what_to_tensor_gives(device, data_dir):
-    data = load_data("--data-dir", data_dir, "--device", device)
-    assert next(iter(data.train_loader))[0].device.type == device
-    for given, expected in zip(next(iter(data.eval_loader)), mnist(data_dir), strict=True):
-        assert torch.equal(given.cpu(), expected)
 
 
 def test_shuffling_depends_on_the_seed_alone(data_dir):
@@ -717,28 +685,6 @@ def test_damaged_data(split, kind, damage, data_dir, fail):
 # ---- loaders and evaluation ----
 
 
-class Constant(nn.Module):
-    """Answers each image with the logits that it was made with, whatever the image."""
-
-    def __init__(self, *logits):
-        super().__init__()
-        self.logits = nn.Parameter(torch.tensor(logits))
-
-    def forward(self, images):
-        return self.logits.expand(len(images), -1)
-
-
-@each_device
-def test_evaluate_by_hand_with_an_uneven_last_batch(device):
-    model = Constant(math.log(3.0), 0.0, 0.0).to(device)  # says class 0 with 3/5, the others with 1/5
-    labels = torch.tensor([0, 0, 1, 2, 2])
-    loader = DataLoader(TensorDataset(torch.zeros(5, 1, 28, 28), labels), batch_size=2)
-    loss, accuracy, confusion, _ = common.evaluate(model, loader)
-    assert loss == pytest.approx((2 * math.log(5 / 3) + 3 * math.log(5)) / 5)
-    assert accuracy == pytest.approx(2 / 5)
-    assert confusion.tolist() == [[2, 0, 0], [1, 0, 0], [2, 0, 0]]
-
-
 def test_evaluate_leaves_mode_and_random_state():
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Dropout(), nn.Linear(784, 10))
     model[1].eval()  # frozen, as in fine-tuning
@@ -755,17 +701,6 @@ def test_evaluate_leaves_mode_and_random_state():
         assert [module.training for module in model.modules()] == [True, True, False, True, True]
 
 
-def test_report_by_hand(capsys):
-    confusion = torch.tensor([[3, 1, 0], [2, 4, 0], [1, 0, 0]])  # class 2 is never predicted
-    common.print_report(confusion, ["zero", "a name of 26 letters, 1990", "two"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split()[-4:] == ["0.5000", "0.7500", "0.6000", "4"]  # 3 / 6, 3 / 4, 6 / 10
-    assert lines[2].split()[-4:] == ["0.8000", "0.6667", "0.7273", "6"]  # 4 / 5, 4 / 6, 8 / 11
-    assert lines[3].split()[-4:] == ["0.0000", "0.0000", "0.0000", "1"]
-    assert [line.split()[-3:] for line in lines[6:]] == [["3", "1", "0"], ["2", "4", "0"], ["1", "0", "0"]]
-    assert len({len(line) for line in lines[:4]}) == len({len(line) for line in lines[5:]}) == 1  # aligned
-
-
 # ---- report ----
 
 
@@ -777,16 +712,12 @@ def test_each_epoch_reports_its_own_figures(script, split, train, data_dir, monk
     figures, confusion = [(0.5, 0.9), (0.7, 0.8), (0.6, 0.85)], torch.eye(10, dtype=torch.int64)
     monkeypatch.setattr(common, "evaluate", Mock(side_effect=[common.Evaluation(*f, confusion, None) for f in figures]))
     _, output = train(script, "--epochs", 3, "--log", file, *options)
-    word = split.capitalize()
-    *printed, seconds = zip(
-        *re.findall(rf"{word} loss: (\S+), {word} accuracy: (\S+), Time: (\S+) s", output), strict=True
-    )
-    assert printed == [("0.5000", "0.7000", "0.6000"), ("90.00%", "80.00%", "85.00%")]
+    lines = re.findall(rf"{split} loss: (\S+), {split} accuracy: (\S+)%, Time: (\S+) s", output, re.IGNORECASE)
+    assert [line[:2] for line in lines] == [("0.5000", "90.00"), ("0.7000", "80.00"), ("0.6000", "85.00")]
     head, *rows = file.read_text().splitlines()
     assert head == f"epoch,train_loss,{split}_loss,{split}_accuracy,seconds"
-    for i, (epoch, _, *rest) in enumerate(row.split(",") for row in rows):
-        assert [int(epoch), *map(float, rest)] == [i + 1, *figures[i], float(seconds[i])]
-    assert len(rows) == 3
+    rows = [[float(word) for word in row.split(",")] for row in rows]
+    assert [(row[0], *row[2:]) for row in rows] == [(i + 1, *figures[i], float(lines[i][2])) for i in range(3)]
 
 
 @each_script
@@ -794,27 +725,23 @@ def test_loss_that_is_not_finite(script, data_dir, train, fail):
     file = data_dir / "weights.pt"
     train(script, "--epochs", 1, "--save", file)
     good = file.read_bytes()
-    for options in (["--lr", "1e37"], ["--lr", "1e37", "--limit", 100]):  # seen in a step; seen only after the last one
+    for options, step in ((["--batch-size", 2], 100), (["--limit", 100], 1)):  # seen in a step; seen after the last one
         files = ["--data-dir", data_dir, "--load", file, "--save", file]
-        message, _ = fail(script, *files, *options, says=" at epoch 1, step ")
-        assert re.match(r"error: the loss is (nan|inf) at .* \d; try a smaller --lr", message)
+        message, _ = fail(script, *files, *options, "--lr", 1e37, says=f" at epoch 1, step {step}; try a smaller --lr")
+        assert re.match("error: the loss is (nan|inf) at", message)
     for loss in (math.inf, math.nan):
         with pytest.raises(common.UserError):
             common.check_finite(loss, 1, 1)
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.bias, math.inf)
     with pytest.raises(common.UserError, match="not finite after epoch 7"):
-        common.save_weights(Constant(1.0, math.inf), SimpleNamespace(save=file), SimpleNamespace(classes=["a", "b"]), 7)
+        common.save_weights(model, SimpleNamespace(save=file), common.Data([], [], ["a"]), 7)
     assert file.read_bytes() == good
 
 
-class Brightness(nn.Module):
-    """Says class 0, the surer the brighter the image."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor([1.0, 0.0]))
-
-    def forward(self, images):
-        return images.mean(dim=(1, 2, 3)).unsqueeze(1) * self.scale
+def brightness(images):
+    """Logits that say class 0, the surer the brighter the image."""
+    return torch.stack([images.mean(dim=(1, 2, 3)), torch.zeros(len(images), device=images.device)], dim=1)
 
 
 @each_device
@@ -824,7 +751,7 @@ def test_errors_most_confident_first(device, tmp_path, capsys):
     images, labels = (images * 255).round() / 255, torch.ones(130, dtype=torch.int64, device=device)
     labels[-1] = 0  # the brightest is right
     file, loader = tmp_path / "errors.png", common.Loader(images, labels, 50)
-    common.draw_errors(file, common.evaluate(Brightness().to(device), loader).logits, loader, ["zero", "one"])
+    common.draw_errors(file, brightness(images), loader, ["zero", "one"])
     assert capsys.readouterr().out == f"{file} shows 100 of 129 mistakes.\n"
     # (3, 10, 10, 140, 120), make_grid's padding being 2
     cells = pil_to_tensor(Image.open(file))[:, 2:, 2:].unfold(1, 140, 142).unfold(2, 120, 122)
@@ -832,8 +759,8 @@ def test_errors_most_confident_first(device, tmp_path, capsys):
         cell = cells[:, place // 10, place % 10]
         assert torch.equal(cell[:, 4:88:3, 18:102:3], (image * 255).round().to(torch.uint8).cpu().expand(3, -1, -1))
         assert (cell[0, 90:] < 128).sum() > 100  # there is text below
-    none, loader = tmp_path / "none.png", [(images[-1:], labels[-1:])]
-    common.draw_errors(none, common.evaluate(Brightness().to(device), loader).logits, loader, ["zero", "one"])
+    none, right = tmp_path / "none.png", (images[-1:], labels[-1:])
+    common.draw_errors(none, brightness(right[0]), [right], ["zero", "one"])
     assert capsys.readouterr().out == f"No mistakes, so {none} is not written.\n"
     assert not none.exists()
 
@@ -843,7 +770,7 @@ def test_errors_in_colour_normalized_not_square_with_long_names(tmp_path):
     images[:, 0], images[:, 1, 7:] = 1, 0.5  # red above, orange below
     zero, one = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
     for batch in (((images - 0.5) / 0.25, zero), (images, one)):  # the former from -2 to 2
-        common.draw_errors(tmp_path / "errors.png", common.evaluate(Brightness(), [batch]).logits, [batch], names)
+        common.draw_errors(tmp_path / "errors.png", brightness(batch[0]), [batch], names)
         sheet = pil_to_tensor(Image.open(tmp_path / "errors.png"))
         assert sheet.shape[2] > 2 * 220  # the whole name
         assert [sheet[:, y, 62].tolist() for y in (10, 32, 62)] == [[255] * 3, [255, 0, 0], [255, 127, 0]]
@@ -895,10 +822,9 @@ def test_nothing_untrue_is_said_of_data_of_one_s_own(script, shape, tmp_path, tr
     assert "Model: Sequential (" in output
     assert "Data: data of your own (60 training and 30 test samples)" in output
     assert "mnist" not in output.replace(str(tmp_path), "")
-    table = output[output.index("Class ") :].splitlines()[1:4]
-    assert [(line.rsplit(maxsplit=4)[0].strip(), line.split()[-1]) for line in table] == [
-        (name, "10") for name in names
-    ]
+    lines = output[output.index("Class ") :].splitlines()
+    assert [(line[:-40].strip(), line.split()[-1]) for line in lines[1:4]] == [(name, "10") for name in names]
+    assert len({len(line) for line in lines[:4]}) == len({len(line) for line in lines[5:9]}) == 1  # aligned
     assert torch.load(file)["classes"] == names
     draw_page(7).save(tmp_path / "7.png")
     says = f"--predict takes grey pictures of 28x28 pixels, which {file} is not for"
@@ -932,22 +858,19 @@ def test_save_and_load(script, device, train, tmp_path):
 
 def test_load_takes_the_sizes_from_the_file(train, fail, tmp_path):
     file = tmp_path / "weights.pt"
-    train(rnn_mnist, "--epochs", 1, "--hidden", 16, "--layers", 1, "--save", file)
+    train(rnn_mnist, "--epochs", 1, "--hidden", 16, "--layers", 3, "--save", file)
     for options in ([], ["--hidden", 16]):
-        model, _ = train(rnn_mnist, "--epochs", 0, "--load", file, *options)
-        assert (model.lstm.hidden_size, model.lstm.num_layers) == (16, 1)
-    message, _ = fail(
-        rnn_mnist, "--load", file, "--hidden", 128, says=f"{file} holds RNN --hidden 16 --layers 1, which"
-    )
-    assert "this is RNN --hidden 128 --layers 1" in message
+        model, output = train(rnn_mnist, "--epochs", 0, "--load", file, *options)
+        assert (model.lstm.hidden_size, model.lstm.num_layers) == (16, 3)
+        assert "RNN (7,466 parameters)" in output  # 4*16 * (28+16 + 2) + 2 * 4*16 * (16+16 + 2) + 170
+    says = f"{file} holds RNN --hidden 16 --layers 3, which"
+    message, _ = fail(rnn_mnist, "--load", file, "--hidden", 128, says=says)
+    assert "this is RNN --hidden 128 --layers 3" in message
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt()], ids=repr)
 def test_a_save_replaces_the_file_or_leaves_it(error, tmp_path, train, monkeypatch):
-    file, link = (
-        tmp_path / f"{'weights' * 35}.pt",
-        tmp_path / "link",
-    )  # with anything added, this name would be too long
+    file, link = tmp_path / f"{'weights' * 35}.pt", tmp_path / "link"  # a longer name would be too long
     train(cnn_mnist, "--epochs", 1, "--save", file)
     link.hardlink_to(file)
     former, write = file.read_bytes(), Path.write_bytes
@@ -993,19 +916,12 @@ def test_a_place_that_cannot_be_written(option, data_dir, fail):
         assert output == ""  # before the first step
 
 
-class Trace:
-    """What a harmful file would hold: unpickling it makes a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 def crafted(saved, trace):
     """Contents of other forms than that of `saved`: bytes, or what torch.save is given."""
-    yield from (b"seven", b"", pickle.dumps(Trace(trace)), {"weights": Trace(trace)}, torch.zeros(3), [], None)
+    harmful = type(
+        "Harmful", (), {"__reduce__": lambda self: (os.mkdir, (str(trace),))}
+    )()  # unpickled, it makes a folder
+    yield from (b"seven", b"", pickle.dumps(harmful), {"weights": harmful}, torch.zeros(3), [], None)
     yield from (saved["weights"], list(saved), set(saved), {**saved, "further": 1}, {**saved, "model": 1})
     yield from ({name: saved[name] for name in saved if name != missing} for missing in saved)
     for sizes in (None, 1, [16], "16", *({"hidden": size} for size in ("16", -1, 2**63, 1.5, True)), {"epochs": 1}):
@@ -1017,12 +933,20 @@ def crafted(saved, trace):
         yield {**saved, "weights": weights}
 
 
+@posix
 def test_load_refuses_another_file(tmp_path, train, fail):
     file, trace = tmp_path / "weights.pt", tmp_path / "trace"
     train(cnn_mnist, "--epochs", 1, "--save", file)
     whole, saved = file.read_bytes(), torch.load(file)
     flipped = bytearray(whole)
     flipped[whole.index(saved["weights"]["fc.weight"].numpy().tobytes()) + 1000] ^= 1
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (
+        ("missing", "No such file"),
+        ("pipe", "it is not a regular file"),
+        (".", "it is not a regular"),
+    ):
+        fail(cnn_mnist, "--load", tmp_path / name, says=f"cannot read {tmp_path / name} ({words}")
     for content in (whole[:-1000], bytes(flipped), *crafted(saved, trace)):
         if isinstance(content, bytes):
             file.write_bytes(content)
@@ -1057,20 +981,10 @@ def draw_page(digit, size=200, page=(500, 400), at=(250, 120), ink=0, paper=255)
     return picture
 
 
-def lit_from_the_left(picture):
-    return to_pil_image((pil_to_tensor(picture) * torch.linspace(1, 0.4, picture.width)).to(torch.uint8))
-
-
 def on_glass(picture, ink):
     glass = Image.new("RGBA", picture.size, (ink, ink, ink, 0))
     glass.putalpha(ImageOps.invert(picture))
     return glass
-
-
-def with_clear_frame(picture):
-    framed = Image.new("RGBA", (picture.width + 40, picture.height + 40), (0, 0, 0, 0))
-    framed.paste(picture, (20, 20))
-    return framed
 
 
 def turned_by_exif(picture):
@@ -1085,16 +999,17 @@ def with_wide_pixels(picture, mode, dtype, factor):
     return Image.frombytes(mode, picture.size, values.tobytes())
 
 
+LIGHT = to_pil_image((torch.linspace(255, 102, 500).expand(1, 400, -1)).to(torch.uint8))
 FORMS = {
     "elsewhere": lambda digit: draw_page(digit, at=(20, 150)),
     "on a larger page": lambda digit: draw_page(digit, page=(900, 1300)),
     "small": lambda digit: draw_page(digit, size=100),
     "light on dark": lambda digit: ImageOps.invert(draw_page(digit)),
     "pencil": lambda digit: draw_page(digit, ink=140, paper=200),
-    "lit from the left": lambda digit: lit_from_the_left(draw_page(digit)),
+    "lit from the left": lambda digit: ImageChops.multiply(draw_page(digit), LIGHT),
     "dark on glass": lambda digit: on_glass(draw_page(digit), 0),
     "light on glass": lambda digit: on_glass(draw_page(digit), 255),
-    "with a clear frame": lambda digit: with_clear_frame(draw_page(digit)),
+    "with a clear frame": lambda digit: ImageOps.expand(draw_page(digit).convert("RGBA"), 20, (0, 0, 0, 0)),
     "turned by EXIF": lambda digit: turned_by_exif(draw_page(digit)),
     "32 bits": lambda digit: with_wide_pixels(draw_page(digit, ink=100, paper=220), "I", "<i4", 65_537),
     "16 bits, big-endian": lambda digit: with_wide_pixels(draw_page(digit), "I;16B", ">u2", 257),
@@ -1151,7 +1066,12 @@ def test_predict(script, data_dir, train, fail):
     with_wide_pixels(draw_page(7), "F", "<f4", math.nan).save(data_dir / "nan.tiff")
     (data_dir / "text.png").write_text("seven")
     bad = {"blank.png": "there is nothing on it", "text.png": "cannot identify", "missing.png": "No such file"}
-    bad |= {"gradient.png": "an edge of it", "half.png": "an edge of it", "nan.tiff": "not a finite number"}
+    bad |= {
+        "MNIST": "it is not a regular file",
+        "gradient.png": "an edge of it",
+        "half.png": "an edge of it",
+        "nan.tiff": "not a finite number",
+    }
     names = ["0.png", *bad, "1.png", "2.png"]
     options = ["--data-dir", data_dir / "missing", "--load", file, "--predict", *(data_dir / name for name in names)]
     message, output = fail(script, *options, says="error: cannot read a digit from ")
@@ -1159,20 +1079,6 @@ def test_predict(script, data_dir, train, fail):
     for name, reason in bad.items():
         assert re.search(f"cannot read a digit from {data_dir / name}: [^;]*{reason}", message)
     assert train(script, "--load", file, "--predict", data_dir / "0.png")[1] == wanted[: len(output) // 3]
-
-
-@posix
-def test_files_to_read_that_are_no_files(tmp_path, train, fail):
-    os.mkfifo(tmp_path / "pipe")
-    train(cnn_mnist, "--epochs", 1, "--save", tmp_path / "weights.pt")
-    for name, words in (
-        ("missing", "No such file"),
-        ("pipe", "it is not a regular file"),
-        (".", "it is not a regular"),
-    ):
-        path = tmp_path / name
-        fail(cnn_mnist, "--load", path, says=f"cannot read {path} ({words}")
-        fail(cnn_mnist, "--load", tmp_path / "weights.pt", "--predict", path, says=f"digit from {path}: ")
 
 
 def test_picture_that_is_too_large(tmp_path, monkeypatch, recwarn):
