@@ -226,29 +226,20 @@ print(-faults("1") + faults("11"))"""
 
 
 @each_script
-@pytest.mark.parametrize("options", [["--batch-size", 64], ["--batch-size", 30, "--limit", 100]], ids=str)
-def test_one_cycle(script, options, train, monkeypatch):
-    def between(first, last, share):  # half a cosine
-        return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
+@pytest.mark.parametrize(("options", "peak"), [([], 0.01), (["--lr", 0.002], 0.002)], ids=str)
+def test_one_cycle(script, options, peak, train, monkeypatch):
+    def cosine(first, last, steps):
+        return [last + (first - last) * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
 
-    def seen_by(*options):
-        seen.clear()
-        train(script, *options)
-        return list(zip(*((group["lr"], group["betas"][0]) for group in seen), strict=True))
-
-    seen = record(monkeypatch, torch.optim.Adam, "step", lambda self, *_: dict(self.param_groups[0]))
-    rates, momenta = seen_by(
-        "--one-cycle", "--epochs", 5, *options
-    )  # 5 epochs of 4 steps, of which the last is smaller
-    up, down = [step / 5 for step in range(5)], [step / 14 for step in range(15)]  # the peak after 30% of the steps
-    wanted = [between(0.0004, 0.01, share) for share in up] + [between(0.01, 4e-8, share) for share in down]
-    assert rates == pytest.approx(wanted)
-    wanted = [between(0.95, 0.85, share) for share in up] + [between(0.85, 0.95, share) for share in down]
-    assert momenta == pytest.approx(wanted)
-    assert max(seen_by("--one-cycle", "--epochs", 5, "--lr", 0.002, *options)[0]) == pytest.approx(0.002)
-    assert seen_by("--epochs", 1) == [(0.001,) * 3, (0.9,) * 3]
-    assert len(seen_by("--one-cycle", "--epochs", 1, "--limit", 1)[0]) == 1
-    assert seen_by("--one-cycle", "--epochs", 0) == []
+    groups = record(monkeypatch, torch.optim.Adam, "step", lambda self, *_: dict(self.param_groups[0]))
+    # 5 epochs of 4 steps, of which the last is smaller; the peak after 30% of the steps
+    train(script, "--one-cycle", "--epochs", 5, "--batch-size", 30, "--limit", 100, *options)
+    rates = [*cosine(peak / 25, peak, 5), *cosine(peak, peak / 250_000, 14), peak / 250_000]
+    assert [group["lr"] for group in groups] == pytest.approx(rates)
+    momenta = [*cosine(0.95, 0.85, 5), *cosine(0.85, 0.95, 14), 0.95]
+    assert [group["betas"][0] for group in groups] == pytest.approx(momenta)
+    train(script, "--one-cycle", "--epochs", 1, "--limit", 1)
+    train(script, "--one-cycle", "--epochs", 0)
 
 
 @pytest.mark.parametrize(("script", "pixels"), [(cnn_mnist, 1), (rnn_mnist, 2)], ids=["cnn_mnist", "rnn_mnist"])
@@ -777,21 +768,18 @@ def test_errors_in_colour_normalized_not_square_with_long_names(tmp_path):
 
 
 @each_script
-@pytest.mark.parametrize(("option", "folder", "names"), [
-    ("fashion-mnist", "FashionMNIST", ["T-shirt/top", "Ankle boot"]),
-    ("kmnist", "KMNIST", ["o", "wo"]),
-])  # fmt: skip
-def test_class_names(script, option, folder, names, data_dir, train, capsys):
+@pytest.mark.parametrize(("option", "folder"), [("fashion-mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
+def test_class_names(script, option, folder, data_dir, train):
     (data_dir / "MNIST").rename(data_dir / folder)
-    _, output = train(script, "--dataset", option, "--epochs", 1, "--save", data_dir / "weights.pt")
-    header, *_, first, _, _, _, _, _, _, _, _, last = output.splitlines()[:-12]
+    file, names = data_dir / "weights.pt", getattr(datasets, folder).classes
+    _, output = train(script, "--dataset", option, "--epochs", 1, "--save", file)
+    header, *lines = output.splitlines()
     assert f"Data: {option} (" in header
-    assert [first.rsplit(maxsplit=4)[0], last.rsplit(maxsplit=4)[0]] == names
-    assert max(map(len, output.splitlines()[1:])) <= 80
+    assert [line.rsplit(maxsplit=4)[0] for line in lines[-22:-12]] == names
+    assert max(map(len, lines)) <= 80
     draw_page(7).save(data_dir / "7.png")
-    script.main(["--load", str(data_dir / "weights.pt"), "--predict", str(data_dir / "7.png")])
-    answer = re.fullmatch(r".*7\.png: (.*) \(.*%\)\n", capsys.readouterr().out)
-    assert answer[1] in getattr(datasets, folder).classes
+    _, answer = train(script, "--load", file, "--predict", data_dir / "7.png")
+    assert re.fullmatch(r".*7\.png: (.*) \(.*%\)\n", answer)[1] in names
 
 
 # ---- data of one's own ----
