@@ -680,7 +680,7 @@ def mnist_form(grey):
         raise ValueError("there is nothing on it")
     dark = grey[0, 0] < grey.min() + 0.25 * (grey.max() - grey.min())
     if any(edge.all() for edge in (dark[0], dark[-1], dark[:, 0], dark[:, -1])):
-        raise ValueError("an edge of it is not paper all along; cut it so that there is paper around the digit")
+        raise ValueError("one of its edges is ink all along; cut it so that there is paper around the digit")
     ink = ((ink - 4 * noise) / (ink.max() - 4 * noise)).clamp(0, 1)
     drawn = ink[0, 0] > 0.25
     rows, columns = drawn.any(dim=1).nonzero(), drawn.any(dim=0).nonzero()

@@ -979,7 +979,7 @@ def test_predict(script, data_dir, train, fail):
     with_wide_pixels(draw_page(7), "F", "<f4", math.nan).save(data_dir / "nan.tiff")
     (data_dir / "text.png").write_text("seven")
     bad = {"blank.png": "there is nothing on it", "text.png": "cannot identify", "missing.png": "No such file"}
-    bad |= {"gradient.png": "an edge of it", "half.png": "an edge of it", "nan.tiff": "not a finite number"}
+    bad |= {"gradient.png": "one of its edges", "half.png": "one of its edges", "nan.tiff": "not a finite number"}
     bad["MNIST"] = "it is not a regular file"
     names = ["0.png", *bad, "1.png", "2.png"]
     options = ["--data-dir", data_dir / "missing", "--load", file, "--predict", *(data_dir / name for name in names)]
