@@ -465,7 +465,9 @@ def print_report(confusion, classes):
 
 def print_header(args, model, data):
     """Print the line that says what is trained, on what. Raises UserError where network and classes do not fit."""
-    check_outputs(predict(model, [next(iter(data.eval_loader))])[0], data.classes)
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed in each pass
+        batch = next(iter(data.eval_loader))
+    check_outputs(predict(model, [batch])[0], data.classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"Device: {args.device}, Model: {type(model).__name__} ({parameters:,} parameters), Data: {data.name} "

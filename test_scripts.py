@@ -193,9 +193,8 @@ def test_what_the_readme_calls_fast(script, train, monkeypatch):
     assert fused == one_dnn == [True] * 3
     if script is cnn_mnist:
         assert model.conv2.weight.is_contiguous(memory_format=torch.channels_last)
-        images = torch.rand(4, 1, 28, 28)
-        x = nn.functional.max_pool2d(model.conv1(images).relu(), 2)
-        x = nn.functional.max_pool2d(model.conv2(x).relu(), 2)
+        images, pool = torch.rand(4, 1, 28, 28), nn.MaxPool2d(2)
+        x = pool(model.conv2(pool(model.conv1(images).relu())).relu())
         assert torch.equal(model(images), model.fc(x.flatten(1)))  # the same, though pooling came first
     train(script, "--epochs", 1, "--amp", "--limit", 100)
     assert torch.backends.mkldnn.enabled
@@ -629,7 +628,8 @@ def test_evaluate_leaves_mode_and_random_state():
     state, mean, modes = torch.get_rng_state(), model[1].running_mean.clone(), []
     model[2].register_forward_hook(lambda dropout, *_: modes.append((dropout.training, torch.is_grad_enabled())))
     common.evaluate(model, loader)
-    assert modes == [(False, False)] * 2  # a pair per batch
+    common.print_header(SimpleNamespace(device="cpu"), model, common.Data(loader, loader, list("0123456789")))
+    assert modes == [(False, False)] * 3  # a pair per batch
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(model[1].running_mean, mean)
     for batches in ([], [(torch.rand(2, 5), torch.zeros(2))]):  # of which none, or none that fits
@@ -870,7 +870,7 @@ def test_load_refuses_another_file(tmp_path, train, fail):
             file.write_bytes(content)
         else:
             torch.save(content, file)
-        fail(cnn_mnist, "--load", file, says=f"{file} is damaged, or no file that --save wrote")
+        fail(cnn_mnist, "--epochs", 0, "--load", file, says=f"{file} is damaged, or no file that --save wrote")
         assert not trace.exists()
 
 
@@ -883,7 +883,7 @@ def test_load_refuses_the_weights_of_another_network(script, tmp_path, train, fa
     saved, bias = torch.load(file), {"fc.bias": torch.zeros(11)}
     for weights in ({}, {**saved["weights"], **bias}, {**saved["weights"], "fc2.bias": torch.zeros(1)}):
         torch.save({**saved, "weights": weights}, file)
-        fail(script, "--load", file, says="does not fit here")
+        fail(script, "--epochs", 0, "--load", file, says="does not fit here")
     if script is rnn_mnist:  # which takes its sizes from the file
         train(script, "--epochs", 1, "--hidden", 16, "--layers", 3, "--save", tmp_path / "small.pt")
         model, output = train(script, "--epochs", 0, "--load", tmp_path / "small.pt")
