@@ -502,7 +502,7 @@ def test_bad_value(option, fail):
 ])  # fmt: skip
 @each_script
 def test_options_that_do_not_go_together(script, options, words, fail):
-    fail(script, *options.split(), says=words, status=2)
+    fail(script, *options.split(), "--data-dir", __file__, says=words, status=2)
 
 
 def test_device(fail, monkeypatch, capsys):
