@@ -635,7 +635,10 @@ def load_weights(model, args):
 
 
 def grey_levels(image):
-    """Return a Pillow image as grey levels (H, W), float in [0, 255]; what is transparent becomes paper."""
+    """Return a Pillow image as grey levels (H, W), float in [0, 255]; what is transparent becomes paper.
+
+    Raises ValueError where a pixel is not a finite number.
+    """
     if image.has_transparency_data:
         grey, alpha = pil_to_tensor(image.convert("RGBA").convert("LA")).float()  # each (H, W)
         drawn = grey[alpha > 127].median()
@@ -666,9 +669,7 @@ def mnist_form(grey):
     The thresholds of noise (8, 12, 4) and of ink (0.25) were found by trial: with half or twice of any of them a CNN is
     right on as many of 1,000 training images, drawn on large pages, to within 0.2 points, and no blank page is a digit.
     """
-    grey = grey[None, None]  # (1, 1, H, W)
-    if max(grey.shape) > 256:
-        grey = scale_to(grey, 256)  # enough for a digit of 20 pixels, with less noise
+    grey = scale_to(grey[None, None], 256)  # (1, 1, H, W); enough for a digit of 20 pixels, with less noise
     if grey.median() - grey.min() < grey.max() - grey.median():  # more paper than ink: the paper is dark
         grey = 255 - grey
     # The paper's level, which need not be the same everywhere: a grid of 16x16 in which what is darker than all around

@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -133,7 +134,6 @@ def test_smoke_one_batch(script, device, train):
     assert [math.isfinite(loss) for loss in printed(output, " Loss")] == [True]
     for old, new in zip(before.parameters(), after.parameters(), strict=True):
         assert new.device.type == device
-        assert new.grad.any()
         assert not torch.equal(old, new)
 
 
@@ -148,6 +148,8 @@ def test_same_seed_same_weights(script, device, option, train):
     assert same_weights(model, train(script, *options)[0]) == (option == "--epochs=2")
     first, second = (train(script, "--epochs", 0, "--seed", seed)[0] for seed in (0, 1))
     assert not any(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert torch.backends.cudnn.deterministic and torch.backends.mkldnn.deterministic  # or a GPU may not repeat it
+    assert "CUBLAS_WORKSPACE_CONFIG" in os.environ
 
 
 @each_script
@@ -187,6 +189,7 @@ def test_defaults_train_as_the_tutorial_does(script, data_dir, train):
 
 @each_script
 def test_what_the_readme_calls_fast(script, train, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     fused = record(monkeypatch, torch.optim.Adam, "step", lambda self, *_: self.param_groups[0]["fused"])
     one_dnn = record(monkeypatch, nn.CrossEntropyLoss, "forward", lambda *_: torch.backends.mkldnn.enabled)
     model, _ = train(script, "--epochs", 1)
@@ -197,7 +200,8 @@ def test_what_the_readme_calls_fast(script, train, monkeypatch):
         x = pool(model.conv2(pool(model.conv1(images).relu())).relu())
         assert torch.equal(model(images), model.fc(x.flatten(1)))  # the same, though pooling came first
     train(script, "--epochs", 1, "--amp", "--limit", 100)
-    assert torch.backends.mkldnn.enabled
+    assert one_dnn[3:] == [script is cnn_mnist]  # an LSTM in bfloat16 does without
+    assert torch.backends.mkldnn.enabled  # afterwards
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
@@ -251,7 +255,6 @@ def test_amp(script, device, train, monkeypatch):
     model, _ = train(script, "--device", device, "--epochs", 1, "--amp")
     assert dtypes == [torch.bfloat16] * 3
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    assert model(torch.rand(3, 1, 28, 28, device=device)).isfinite().all()
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX-512 is x86's")
@@ -369,11 +372,13 @@ def test_any_stdout(stream, monkeypatch, data_dir, fail):
     assert isinstance(common.run(cnn_mnist.main), cnn_mnist.CNN)
     assert not isinstance(stream, io.StringIO) or "Training finished." in stream.getvalue()
     fail(cnn_mnist, "--load", data_dir / "missing", says="error: cannot read ")
+    monkeypatch.setitem(sys.modules, "idlelib.run", None)
+    assert common.run(Mock(side_effect=common.UserError)) is None  # IDLE is not ended
 
 
 @each_script
 @pytest.mark.parametrize("launcher", ["ipykernel_launcher.py", "colab_kernel_launcher.py"])
-def test_in_a_notebook(script, launcher, monkeypatch, fail):
+def test_in_a_notebook(script, launcher, monkeypatch):
     monkeypatch.setattr("builtins.__IPYTHON__", True, raising=False)
     monkeypatch.setattr(sys, "argv", [f"/usr/lib/{launcher}", "-f", "/tmp/kernel.json"])
     monkeypatch.setattr(common, "load_data", Mock(side_effect=common.UserError("no data")))
@@ -382,13 +387,18 @@ def test_in_a_notebook(script, launcher, monkeypatch, fail):
     assert error.value._render_traceback_() == ["error: no data"]  # IPython shows that in place of a traceback
     args = common.load_data.call_args.args[0]
     assert (args.epochs, args.dataset, args.save) == (10, "mnist", None)
-
-
-ENDINGS = [(cnn_mnist, "", "CNN"), (rnn_mnist, "Interrupted.", "RNN"), (rnn_mnist, "error: ", "NoneType")]
+    with pytest.raises(common.UserError):
+        script.main(["--epochs", "3"])
+    assert common.load_data.call_args.args[0].epochs == 3
+    common.load_data.side_effect = KeyboardInterrupt
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    assert isinstance(common.run(script.main), nn.Module)  # as it then is
 
 
 @posix
-@pytest.mark.parametrize(("script", "ending", "found"), ENDINGS)
+@pytest.mark.parametrize(("script", "ending", "found"), [
+    (cnn_mnist, "", "CNN"), (rnn_mnist, "Interrupted.", "RNN"), (rnn_mnist, "error: ", "NoneType"),
+])  # fmt: skip
 def test_model_is_there_to_go_on_with(script, ending, found, data_dir):
     options = {"": ["--limit", 1], "Interrupted.": [], "error: ": ["--load", data_dir]}[ending]
     with start(script, "--data-dir", data_dir, "--batch-size", 1, *options, python=["-i"]) as process:
@@ -402,12 +412,8 @@ def test_model_is_there_to_go_on_with(script, ending, found, data_dir):
 
 
 def test_an_error_in_the_reader_s_own_code_keeps_its_traceback():
-    errors = (
-        RuntimeError("shapes cannot be multiplied"),
-        TypeError("unsupported"),
-        FileNotFoundError(2, "none", "my.csv"),
-    )
-    for error in (*errors, Image.UnidentifiedImageError("cannot identify image file 'allocate.png'")):
+    picture = Image.UnidentifiedImageError("cannot identify image file 'allocate.png'")
+    for error in (RuntimeError("shapes"), TypeError("unsupported"), FileNotFoundError(2, "none", "my.csv"), picture):
         with pytest.raises(type(error)) as raised:
             common.run(Mock(side_effect=error))
         assert raised.value is error
@@ -455,9 +461,8 @@ def test_interrupt_in_the_middle_of_an_epoch(script, data_dir):
         assert process.stdout.readline().startswith("Device")
         assert "Step [100/250]" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate()
+        _, errors = process.communicate()
     assert (process.returncode, errors) == (130, "Interrupted.\n")
-    assert "finished" not in output
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
@@ -489,11 +494,12 @@ BAD = {
 def test_bad_value(option, fail):
     for value in BAD[option]:
         message, _ = fail(rnn_mnist, option, value, says=f"error: argument {option}", status=2)
-        assert option not in ("--device", "--dataset") or ("auto" in message or "synthetic" in message)
+        assert {"--device": "it is not on this machine; choose", "--dataset": "synthetic"}.get(option, "") in message
+        if set(WHOLE) <= set(BAD[option]) and value != "-inf":  # which looks like an option
+            assert f"{value!r} is not a whole number of at least" in message
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ("--nonsense", "--nonsense"),
     ("--predict 7.png", "see --load"),
     *((f"--load a --predict 7.png --{name} b", "could keep") for name in ("save", "errors", "log")),
     *((f"--epochs 0 --{name} a", "could keep") for name in ("save", "log")),
@@ -510,15 +516,16 @@ def test_device(fail, monkeypatch, capsys):
     monkeypatch.setattr(torch, "accelerator", gpu)
     monkeypatch.setattr(torch, "ones", Mock(return_value=torch.tensor(1.0)))
     assert common.find_device("auto") == torch.device("xpu")
-    error = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be ..."
-    monkeypatch.setattr(torch, "ones", Mock(side_effect=RuntimeError(error)))
-    assert common.find_device("auto") == torch.device("cpu")
-    assert capsys.readouterr().err.endswith("is available for execution on the device; taking the CPU\n")
-    fail(cnn_mnist, "--device", "xpu", says="on the device; choose from auto, xpu, xpu:0, cpu\n", status=2)
+    torch.ones.assert_called_with(1, device="xpu")
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=RuntimeError("no kernel image\nCUDA kernel errors might ...")))
+    monkeypatch.setattr(common, "read_saved", Mock(return_value={"sizes": {}}))
+    assert common.parse_args(common.make_parser(""), ["--load", "a"]).device == torch.device("cpu")
+    assert capsys.readouterr().err == "xpu cannot be used: no kernel image; taking the CPU\n"  # said once
+    fail(cnn_mnist, "--device", "xpu", says="no kernel image; choose from auto, xpu, xpu:0, cpu\n", status=2)
     gpu.is_available.return_value = False
-    for words in ("this PyTorch has no CUDA; install one", "The NVIDIA driver is too old", "Found no NVIDIA driver"):
-        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda words=words: "install" not in words)
-        monkeypatch.setattr(torch.cuda, "init", Mock(side_effect=RuntimeError(words)))
+    monkeypatch.setattr(torch.cuda, "init", Mock(side_effect=RuntimeError("Found no NVIDIA driver")))
+    for built, words in ((False, "this PyTorch has no CUDA; install one that has"), (True, "Found no NVIDIA driver")):
+        monkeypatch.setattr(torch.backends.cuda, "is_built", Mock(return_value=built))
         message, _ = fail(cnn_mnist, "--device", "cuda", says=f"'cuda' cannot be used: {words}", status=2)
         assert message.endswith("choose from auto, cpu\n")
 
@@ -537,14 +544,12 @@ def test_order_and_limits_of_the_images(data_dir, fail):
         assert torch.equal(order(second), expected)
     assert not torch.equal(passes[0], passes[1])
     assert not torch.equal(order(other), passes[0])
-    assert [len(images) for images, _ in first] == [100, 100, 50]
     images = mnist(data_dir, train=True)[0].flatten(1)
     for options, count, held_out in (("--limit=7", 7, None), ("--validate=100", 150, 150), ("--validate=249", 1, 1)):
         data = load_data("--data-dir", data_dir, "--limit", 200, options)
         assert torch.equal(order(data.train_loader).sort(dim=0).values, images[:count].sort(dim=0).values)  # each once
         assert torch.equal(order(data.eval_loader), images[held_out:] if held_out else mnist(data_dir)[0].flatten(1))
-    for count in (250, 10**6):
-        fail(cnn_mnist, "--data-dir", data_dir, "--validate", count, says=f"--validate {count} leaves none of 250")
+    fail(cnn_mnist, "--data-dir", data_dir, "--validate", 250, says="--validate 250 leaves none of 250")
 
 
 def test_synthetic_digits_repeat_by_seed_and_do_not_leak():
@@ -565,7 +570,6 @@ def test_random_affine_moves_and_turns_as_far_as_asked(device):
     torch.manual_seed(0)
     middle, pixel = torch.zeros(100, 1, 28, 28, device=device), torch.arange(28, device=device) - 13.5
     middle[:, :, 12:16, 12:16] = 1  # its centre of mass is the middle of the picture
-    assert torch.allclose(common.random_affine(middle, 0, 0, 0), middle, atol=1e-5)
     moved = common.random_affine(middle, 0, 0, 4).squeeze(1)  # (100, 28, 28)
     across, down = ((moved.sum(dim=axis) * pixel).sum(dim=1) / 16 for axis in (1, 2))  # pixels off the middle, (100,)
     for distance in (across, down):
@@ -603,18 +607,18 @@ def test_data_that_cannot_be_had(data_dir, fail, monkeypatch):
 
 @pytest.mark.parametrize("split", ["train", "t10k"])
 @pytest.mark.parametrize("kind", ["images-idx3-ubyte", "labels-idx1-ubyte"])
-@pytest.mark.parametrize("damage", ["truncated", "counts", "values"])
+@pytest.mark.parametrize("damage", ["bytes", "counts", "values"])
 def test_damaged_data(split, kind, damage, data_dir, fail):
     file = data_dir / f"MNIST/raw/{split}-{kind}"
     whole, odd = torch.zeros(250), torch.full([250], 10)
     if kind.startswith("images"):
         whole, odd = torch.zeros(250, 28, 28), torch.zeros(250, 20, 28)
-    if damage == "truncated":
-        file.write_bytes(file.read_bytes()[:-1])
+    if damage == "bytes":
+        file.write_bytes(file.read_bytes()[:-1] if kind.startswith("images") else b"seven")
     else:
         write_idx(file, whole[:99] if damage == "counts" else odd)
     message, _ = fail(rnn_mnist, "--data-dir", data_dir, says=f"{data_dir / 'MNIST'} is damaged")
-    assert "delete that folder" in message
+    assert re.search(r"is damaged \(\w.*\); delete that folder", message)
     assert len(list(file.parent.iterdir())) == 4  # nothing was deleted
 
 
@@ -648,15 +652,9 @@ def test_each_epoch_reports_its_own_figures_until_an_interrupt(script, split, da
     log.write_text("of a former run")
     evaluations = [common.Evaluation(*pair, None, None) for pair in figures]
     monkeypatch.setattr(common, "evaluate", Mock(side_effect=[*evaluations, KeyboardInterrupt]))
-    options = [
-        "--data-dir",
-        data_dir,
-        "--save",
-        file,
-        "--log",
-        log,
-        *(["--validate", 50] if split == "validation" else []),
-    ]
+    options = ["--data-dir", data_dir, "--save", file, "--log", log]
+    if split == "validation":
+        options += ["--validate", 50]
     says = f"Interrupted. {file} holds the weights after epoch 3.\n"
     _, output = fail(script, *options, says=says, status=130)
     assert file.is_file()
@@ -754,7 +752,6 @@ def test_nothing_untrue_is_said_of_data_of_one_s_own(script, shape, tmp_path, tr
     mistakes = tmp_path / f"errors.{'pdf' if len(shape) == 2 else 'webp'}"  # in a format of the reader's choice
     _, output = train(script, "--epochs", 1, "--save", file, "--errors", mistakes)
     assert mistakes.stat().st_size > 1000
-    assert "Model: Sequential (" in output
     assert "Data: data of your own (60 training and 30 test samples)" in output
     assert "mnist" not in output.replace(str(tmp_path), "")
     lines = output[output.index("Class ") :].splitlines()
@@ -834,31 +831,32 @@ def test_a_place_that_cannot_be_written(option, data_dir, fail):
     os.mkfifo(data_dir / "pipe.png")  # what is no plain file, such as /dev/null, is not replaced
     places = ["missing/file.png", ".", "file/file.png", "pipe.png", "loop.png", "/"]
     for place in [*places, "x.psd", "x.abc"] if option == "--errors" else places:
-        path = data_dir / place
-        _, output = fail(cnn_mnist, "--data-dir", data_dir, option, path, says=f"error: cannot write {path} (")
+        path, why = data_dir / place, "Pillow does not write this format" if place == "x.psd" else ""
+        _, output = fail(cnn_mnist, "--data-dir", data_dir, option, path, says=f"error: cannot write {path} ({why}")
         assert output == ""  # before the first step
 
 
 @posix
-def test_load_refuses_another_file(tmp_path, train, fail):
+def test_load_refuses_another_file(tmp_path, train, fail, recwarn, monkeypatch):
     file, trace = tmp_path / "weights.pt", tmp_path / "trace"
     os.mkfifo(tmp_path / "pipe")
-    for name, words in (
-        ("missing", "No such file"),
-        ("pipe", "it is not a regular file"),
-        (".", "it is not a regular"),
-    ):
+    for name, words in (("missing", "No such file"), ("pipe", "it is not a regular"), (".", "it is not a regular")):
         fail(cnn_mnist, "--load", tmp_path / name, says=f"cannot read {tmp_path / name} ({words}")
     train(cnn_mnist, "--epochs", 1, "--save", file)
     whole, saved = file.read_bytes(), torch.load(file)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # which would be torch's default then
     flipped, bias = bytearray(whole), saved["weights"]["fc.bias"]
     flipped[whole.index(saved["weights"]["fc.weight"].numpy().tobytes()) + 1000] ^= 1
+    script = io.BytesIO(whole)
+    with zipfile.ZipFile(script, "a") as content:
+        content.writestr("archive/constants.pkl", b"")  # by which torch knows TorchScript, and warns
     harmful = type("Harmful", (), {"__reduce__": lambda self: (os.mkdir, (str(trace),))})()  # unpickled, makes a folder
     sizes = None, 1, [16], "16", *({"hidden": size} for size in ("16", -1, 2**63, 1.5, True)), {"epochs": 1}
     classes = None, 10, "0123456789", list(range(10)), {"0": 1}
     weights = None, [], {0: bias}, *({"fc.bias": odd} for odd in (None, 1, bias * math.nan, bias / 0))
     contents = [
-        *(whole[:-1000], bytes(flipped), b"seven", b"", pickle.dumps(harmful), {"weights": harmful}, bias, [], None),
+        *(whole[:-1000], bytes(flipped), script.getvalue(), b"seven", b"", pickle.dumps(harmful)),
+        *({"weights": harmful}, bias, [], None),
         *(saved["weights"], list(saved), set(saved), {**saved, "further": 1}, {**saved, "model": 1}),
         *({name: saved[name] for name in saved if name != missing} for missing in saved),
         *({**saved, "sizes": odd} for odd in sizes),
@@ -872,6 +870,7 @@ def test_load_refuses_another_file(tmp_path, train, fail):
             torch.save(content, file)
         fail(cnn_mnist, "--epochs", 0, "--load", file, says=f"{file} is damaged, or no file that --save wrote")
         assert not trace.exists()
+    assert not recwarn  # a warning would be a second line
 
 
 @each_script
@@ -892,8 +891,7 @@ def test_load_refuses_the_weights_of_another_network(script, tmp_path, train, fa
         says = "holds RNN --hidden 16 --layers 3, which does not fit here: this is RNN --hidden 128 --layers 3;"
         fail(script, "--load", tmp_path / "small.pt", "--hidden", 128, says=says)
     torch.save({**saved, "classes": ["0", "1"]}, file)
-    says = "the network has 10 outputs, but 2 classes have a name"
-    fail(script, "--load", file, "--predict", file, says=says)
+    fail(script, "--load", file, "--predict", file, says="the network has 10 outputs, but 2 classes have a name")
 
 
 # ---- pictures of your own ----
@@ -912,10 +910,10 @@ def with_wide_pixels(picture, mode, dtype, factor):
 
 
 LIGHT = to_pil_image((torch.linspace(255, 102, 500).expand(1, 400, -1)).to(torch.uint8))
+GRAIN = Image.effect_noise((1000, 800), 60)
 FORMS = {
-    "elsewhere": lambda digit: draw_page(digit, at=(20, 150)),
-    "on a larger page": lambda digit: draw_page(digit, page=(900, 1300)),
-    "small": lambda digit: draw_page(digit, size=100),
+    "in a corner": lambda digit: draw_page(digit, at=(2, -40)),
+    "large and grainy": lambda digit: Image.blend(draw_page(digit, 400, (1000, 800), (500, 240)), GRAIN, 0.5),
     "light on dark": lambda digit: ImageOps.invert(draw_page(digit)),
     "pencil": lambda digit: draw_page(digit, ink=140, paper=200),
     "lit from the left": lambda digit: ImageChops.multiply(draw_page(digit), LIGHT),
@@ -926,7 +924,6 @@ FORMS = {
     "32 bits": lambda digit: with_wide_pixels(draw_page(digit, ink=100, paper=220), "I", "<i4", 65_537),
     "16 bits, big-endian": lambda digit: with_wide_pixels(draw_page(digit), "I;16B", ">u2", 257),
     "float": lambda digit: with_wide_pixels(draw_page(digit), "F", "<f4", 1 / 3),
-    "palette": lambda digit: draw_page(digit).convert("P"),
     "colour": lambda digit: ImageOps.colorize(draw_page(digit), "darkred", "lightyellow"),
 }
 
@@ -944,7 +941,7 @@ def test_picture_of_any_form(form, tmp_path):
         assert (plain.shape, other.shape, plain.min(), plain.max()) == ((1, 28, 28), (1, 28, 28), 0, 1)
         # Rounding may put the centre of mass one pixel further.
         shifted = [other.roll((y, x), dims=(1, 2)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
-        assert min((plain - image).abs().sum() for image in shifted) < 0.25 * plain.sum()
+        assert min((plain - image).abs().sum() for image in shifted) < 0.15 * plain.sum()
 
 
 def test_picture_is_upright_and_its_centre_of_mass_where_mnist_has_it():
@@ -987,10 +984,13 @@ def test_predict(script, data_dir, train, fail):
     assert output == wanted
     for name, reason in bad.items():
         assert re.search(f"cannot read a digit from {data_dir / name}: [^;]*{reason}", message)
-    assert train(script, "--load", file, "--predict", data_dir / "0.png")[1] == wanted[: len(output) // 3]
 
 
 def test_picture_that_is_too_large(tmp_path, monkeypatch, recwarn):
+    draw_page(7, page=(4000, 3000)).save(tmp_path / "7.jpg")
+    sizes = record(monkeypatch, common, "grey_levels", lambda image: image.size)
+    common.read_picture(tmp_path / "7.jpg")
+    assert sizes == [(1000, 750)]  # no more is read than it takes
     draw_page(7).save(tmp_path / "7.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500 * 400 - 1)
     common.read_picture(tmp_path / "7.png")  # Pillow only warns over its limit
