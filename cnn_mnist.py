@@ -1,15 +1,14 @@
 """Train a small convolutional network on MNIST.
 
-python cnn_mnist.py --dataset synthetic --epochs 1
 python cnn_mnist.py --epochs 10 --device cuda
 python cnn_mnist.py --one-cycle --augment --save cnn.pt
-python cnn_mnist.py --load cnn.pt --predict my_digit.png
 """
+
+import time
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR
 
 import common
 
@@ -31,69 +30,56 @@ class CNN(nn.Module):
         return self.fc(x.flatten(start_dim=1))  # (N, 10)
 
 
-def main(argv=None):
-    """Train and evaluate as the command line `argv` says; return the trained model."""
+def main(argv=None, model=None):
+    """Train `model`, or a CNN, as the options `argv` say; return it, and what evaluate found in the end."""
     # options
     args = common.parse_args(common.make_parser(__doc__), argv)
-    common.prepare_process(args.seed)
+    torch.manual_seed(args.seed)
 
     # model
     # Channels-last convolutions are faster, but wrong on Apple's GPUs in some versions of PyTorch.
     layout = torch.contiguous_format if args.device.type == "mps" else torch.channels_last
-    model = CNN().to(args.device, memory_format=layout)
+    model = (model or CNN()).to(args.device, memory_format=layout)
     if args.load:
-        common.load_weights(model, args)
+        common.load_weights(model, args.load)
     if args.predict:
         common.predict_pictures(model, args)
-        return model
+        return model, None
 
     # data
     data = common.load_data(args)
     steps = len(data.train_loader)
+    common.print_header(args, model, data)
 
-    # loss and optimizer
+    # train
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # one pass over all weights
     if args.one_cycle:
-        scheduler = OneCycleLR(optimizer, max_lr=args.lr, total_steps=args.epochs * steps or 1)
-
-    # train
-    common.print_header(args, model, data)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(1, args.epochs * steps))
     for epoch in range(1, args.epochs + 1):
-        progress, loss_sum, count = f"Epoch [{epoch}/{args.epochs}]", 0, 0
-        start = common.clock(args.device)
+        start, losses = time.perf_counter(), []
         for step, (images, labels) in enumerate(data.train_loader, start=1):
             if args.augment:
                 images = common.random_affine(images, shift=1)  # a network this small gains nothing from more
-            # forward
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
                 logits = model(images)
                 loss = criterion(logits, labels)
-            # backward and step
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             if args.one_cycle:
                 scheduler.step()
-            loss_sum, count = loss_sum + loss.detach() * len(labels), count + len(labels)
+            losses.append(loss.detach())
             if step % 100 == 0 or step == steps:
-                common.check_finite(loss.item(), epoch, step)
-                print(f"{progress}, Step [{step}/{steps}], Loss: {loss:.4f}")
-        seconds = common.clock(args.device) - start
-        evaluation = common.evaluate(model, data.eval_loader)
-        common.check_finite(evaluation.loss, epoch, steps)
-        print(f"{progress}, {common.scores(data, evaluation)}, Time: {seconds:.2f} s")
-        if args.log:
-            common.log_epoch(args, data, epoch, loss_sum / count, evaluation, seconds)
-        if args.save:
-            common.save_weights(model, args, data, epoch)
+                print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
+        evaluation = common.end_epoch(args, epoch, model, data, losses, start)
 
     # report
-    if not args.epochs:
+    if args.epochs < 1:
         evaluation = common.evaluate(model, data.eval_loader)
     common.report(args, data, evaluation)
-    return model
+    return model, evaluation
 
 
 if __name__ == "__main__":
-    model = common.run(main)
+    model, evaluation = common.run(main)

@@ -1,14 +1,13 @@
 """Train an LSTM of two layers on MNIST, read row by row: an image is a sequence of 28 time steps of 28 pixels.
 
-python rnn_mnist.py --dataset synthetic --epochs 1
 python rnn_mnist.py --hidden 128
 python rnn_mnist.py --one-cycle --augment --save rnn.pt
-python rnn_mnist.py --load rnn.pt --predict my_digit.png
 """
+
+import time
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR
 
 import common
 
@@ -27,71 +26,58 @@ class RNN(nn.Module):
         return self.fc(out[:, -1])  # (N, 10), from the last time step, which has seen all 28 rows
 
 
-def main(argv=None):
-    """Train and evaluate as the command line `argv` says; return the trained model."""
+def main(argv=None, model=None):
+    """Train `model`, or an RNN, as the options `argv` say; return it, and what evaluate found in the end."""
     # options
     parser = common.make_parser(__doc__)
     add = parser.add_argument_group("network").add_argument
-    add("--hidden", type=common.at_least(1), default=128, metavar="N", help="units per LSTM (default: %(default)s)")
-    add("--layers", type=common.at_least(1), default=2, metavar="N", help="stacked LSTMs (default: %(default)s)")
+    add("--hidden", type=common.positive, default=128, metavar="N", help="units per LSTM (default: %(default)s)")
+    add("--layers", type=common.positive, default=2, metavar="N", help="stacked LSTMs (default: %(default)s)")
     args = common.parse_args(parser, argv)
-    common.prepare_process(args.seed)
+    torch.manual_seed(args.seed)
 
     # model
-    model = RNN(args.hidden, args.layers).to(args.device)
+    model = (model or RNN(args.hidden, args.layers)).to(args.device)
     if args.load:
-        common.load_weights(model, args)
+        common.load_weights(model, args.load)
     if args.predict:
         common.predict_pictures(model, args)
-        return model
+        return model, None
 
     # data
     data = common.load_data(args)
     steps = len(data.train_loader)
+    common.print_header(args, model, data)
 
-    # loss and optimizer
+    # train
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # one pass over all weights
     if args.one_cycle:
-        scheduler = OneCycleLR(optimizer, max_lr=args.lr, total_steps=args.epochs * steps or 1)
-
-    # train
-    common.print_header(args, model, data)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(1, args.epochs * steps))
     for epoch in range(1, args.epochs + 1):
-        progress, loss_sum, count = f"Epoch [{epoch}/{args.epochs}]", 0, 0
-        start = common.clock(args.device)
+        start, losses = time.perf_counter(), []
         for step, (images, labels) in enumerate(data.train_loader, start=1):
             if args.augment:
                 images = common.random_affine(images)
-            # forward
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp), common.lstm_kernels(args):
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
                 logits = model(images)
                 loss = criterion(logits, labels)
-            # backward and step
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             if args.one_cycle:
                 scheduler.step()
-            loss_sum, count = loss_sum + loss.detach() * len(labels), count + len(labels)
+            losses.append(loss.detach())
             if step % 100 == 0 or step == steps:
-                common.check_finite(loss.item(), epoch, step)
-                print(f"{progress}, Step [{step}/{steps}], Loss: {loss:.4f}")
-        seconds = common.clock(args.device) - start
-        evaluation = common.evaluate(model, data.eval_loader)
-        common.check_finite(evaluation.loss, epoch, steps)
-        print(f"{progress}, {common.scores(data, evaluation)}, Time: {seconds:.2f} s")
-        if args.log:
-            common.log_epoch(args, data, epoch, loss_sum / count, evaluation, seconds)
-        if args.save:
-            common.save_weights(model, args, data, epoch)
+                print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
+        evaluation = common.end_epoch(args, epoch, model, data, losses, start)
 
     # report
-    if not args.epochs:
+    if args.epochs < 1:
         evaluation = common.evaluate(model, data.eval_loader)
     common.report(args, data, evaluation)
-    return model
+    return model, evaluation
 
 
 if __name__ == "__main__":
-    model = common.run(main)
+    model, evaluation = common.run(main)
