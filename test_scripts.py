@@ -3,6 +3,7 @@
 They need no network. Those that need the real MNIST use ./data, and are skipped where it is not there.
 """
 
+import inspect
 import math
 import os
 import pickle
@@ -323,6 +324,23 @@ def test_bug_steps_counted_without_the_last_batch(train):
     for batch_size, steps in ((100, ["3/3"]), (2, ["100/125", "125/125"]), (1000, ["1/1"]), (125, ["2/2"])):
         _, output = train(cnn_mnist, "--epochs", 1, "--batch-size", batch_size)
         assert re.findall(r"Step \[(.*)\]", output) == steps
+
+
+def test_the_file_to_hand_in(data_dir, train, monkeypatch, capsys):
+    """Put together as the README says, it finds what the script finds."""
+    block = re.search(r"```python\n(import math\n.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    room = re.search(r"# ---- loaders and evaluation.*?(?=# ---- report ----)", inspect.getsource(common), re.DOTALL)[0]
+    places = r"# Here the class CNN of cnn_mnist.py\.\n# Here what stands in common.py between the headlines .*\n"
+    program, count = re.subn(places, lambda _: inspect.getsource(cnn_mnist.CNN) + room, block)
+    assert count == 1
+    (data_dir / "data").mkdir()
+    (data_dir / "MNIST").rename(data_dir / "data/MNIST")
+    monkeypatch.chdir(data_dir)
+    exec(program, {})
+    handed_in, (_, output) = capsys.readouterr().out, train(cnn_mnist, "--data-dir", "data")
+    assert printed(handed_in, "Test loss") == pytest.approx(printed(output, "Test loss"), abs=0.01)
+    tables = [[line.split()[::4] for line in text.splitlines()[-22:-12]] for text in (handed_in, output)]
+    assert tables[0] == tables[1]  # class and count
 
 
 # ---- the process, options and data ----
