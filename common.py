@@ -27,8 +27,7 @@ DATASETS = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "km
 
 # ---- the process ----
 
-# A GPU then uses only algorithms that give the same bits each time; for the LSTM's, see the warning in
-# https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+# So a GPU gives the same bits each time, see https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
 torch.backends.cudnn.deterministic = torch.backends.mkldnn.deterministic = True  # mkldnn: Intel's GPUs
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
 
@@ -52,11 +51,7 @@ def reason(error):
 
 
 def run(main):
-    """Run main() as a program and return what it returns.
-
-    Where it fails, Python ends: with status 1 and an `error:` line for a UserError, with 130 after Ctrl-C, and with 1
-    without a word when the reader of a pipe has gone.
-    """
+    """Run main() as a program and return what it returns; where it fails, end Python with one line and a status."""
     if not hasattr(sys.stdout, "reconfigure"):
         return main()  # a notebook or an IDE shows lines and errors in its own way, and goes on
     sys.stdout.reconfigure(line_buffering=True)  # a pipe shows progress while it happens
@@ -147,8 +142,8 @@ def parse_args(parser, argv):
 def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
     """Turn, scale and shift each image at random, each in its own way, on the device that they are on.
 
-    images: (N, C, H, W) float. degrees, scale and shift are the most that the angle, the size (as a fraction) and
-    the position (in pixels along each axis) change by. Returns (N, C, H, W); what comes in from outside is 0.
+    images: (N, C, H, W) float, as is what it returns; what comes in from outside is 0. degrees, scale (a fraction) and
+    shift (in pixels along each axis) are the most that the angle, the size and the position change by.
     """
     angle, size, dx, dy = torch.rand(4, len(images), device=images.device, generator=generator) * 2 - 1
     angle, size = angle * math.radians(degrees), 1 + size * scale
@@ -177,8 +172,8 @@ def draw_digits(count, generator):
 def read_dataset(name, data_dir):
     """Read a data set of torchvision's from `data_dir`, fetching what is missing there.
 
-    Returns ((images, labels), (images, labels)), training and test: uint8 (N, 28, 28) and int64 (N,).
-    Raises UserError where a file can neither be found nor fetched, cannot be read, or holds other data.
+    Returns ((images, labels), (images, labels)), training and test: uint8 (N, 28, 28) and int64 (N,). Raises UserError
+    where a file can neither be found nor fetched, cannot be read, or holds other data.
     """
     dataset = DATASETS[name]
     folder = Path(os.path.expanduser(data_dir), dataset.__name__, "raw")
@@ -222,10 +217,7 @@ def class_names(dataset):
 
 
 def load_data(args):
-    """Return the Data that the options ask for, its tensors on the device.
-
-    Raises UserError where the data set cannot be had.
-    """
+    """Return the Data that the options ask for, on the device. Raises UserError where the data set cannot be had."""
     # A generator of its own: nothing else that draws random numbers changes the digits or their order.
     generator = torch.Generator().manual_seed(args.seed)
     if args.dataset == "synthetic":
@@ -251,10 +243,9 @@ def on_device(images, labels, device):
 
 
 class Loader:
-    """Batches of images (N, 1, 28, 28) and labels (N,), cut from tensors that stay on their device.
+    """Batches of images (N, ...) and labels (N,), cut from tensors that stay on their device.
 
-    torch's DataLoader would copy a list of indices to the device for each batch, and wait for it. This one copies an
-    order per pass. A generator shuffles each pass anew; without one, the order is that of the tensors.
+    A generator shuffles each pass anew. torch's DataLoader would wait for the device in each batch.
     """
 
     def __init__(self, images, labels, batch_size=200, generator=None):
@@ -300,12 +291,9 @@ def evaluate(model, loader):
 
 
 def print_report(confusion, names):
-    """Print precision, recall, F1 and count of each class, and the confusion matrix (C, C) below.
-
-    names: one for each class. A quotient of nothing, such as the precision of a class never predicted, is 0.
-    """
+    """Print precision, recall, F1 and count per class, each with a name, and the confusion matrix (C, C) below."""
     hits, predicted, counts = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
-    precision, recall = hits / predicted.clamp(min=1), hits / counts.clamp(min=1)
+    precision, recall = hits / predicted.clamp(min=1), hits / counts.clamp(min=1)  # a share of nothing is 0
     f1 = 2 * hits / (predicted + counts).clamp(min=1)  # the harmonic mean of the two
     longest = max(map(len, names)) + 2
     width = max(12, longest)
@@ -340,8 +328,8 @@ def scores(data, evaluation):
 def end_epoch(args, epoch, model, data, losses, start):
     """Evaluate the model, print the epoch's line, then write what --save and --log ask for; return the evaluation.
 
-    losses: those of the epoch's steps, as tensors (). start: time.perf_counter() when it began. Raises UserError where
-    a loss is not finite, before anything is written, and where a file cannot be written.
+    losses: of the epoch's steps, tensors (). start: time.perf_counter() when it began. Raises UserError where a loss is
+    not finite, before anything is written, and where a file cannot be written.
     """
     train_loss = torch.stack(losses).mean().item()  # .item() waits until the device has done all that it was given
     seconds = time.perf_counter() - start
@@ -350,9 +338,9 @@ def end_epoch(args, epoch, model, data, losses, start):
         raise UserError(f"the loss is no longer finite after epoch {epoch}; try a smaller --lr")
     print(f"Epoch [{epoch}/{args.epochs}], {scores(data, evaluation)}, Time: {seconds:.2f} s")
     if args.save:
-        weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}  # for machines without a GPU too
-        with replacing(args.save) as part, part.open("wb") as stream:
-            torch.save(weights, stream)  # which, given the name alone, would not say that a disk is full
+        # From the CPU, so that a machine without a GPU can load it; torch itself would not say that a disk is full.
+        with replacing(args.save) as part, part.open("wb") as file:
+            torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, file)
     if args.log:
         head = f"epoch,train_loss,{data.split}_loss,{data.split}_accuracy,seconds\n"
         rows = head if epoch == 1 else Path(args.log).read_text()
@@ -373,10 +361,9 @@ def report(args, data, evaluation):
 
 
 def draw_errors(file, evaluation, loader, names):
-    """Draw as PNG up to 100 of the images in `loader` that the network gets wrong, the most confident mistake first.
+    """Draw as PNG up to 100 images, (H, W), (1, H, W) or (3, H, W), that the network gets wrong, the most sure first.
 
-    Images (1, H, W) and sequences (H, W) are drawn in grey, images (3, H, W) in colour; values outside [0, 1] are all
-    scaled into it. Raises UserError where the file cannot be written.
+    Where a value is outside [0, 1], all are scaled into it. Raises UserError where the file cannot be written.
     """
     images = torch.cat([images.cpu() for images, _ in loader])
     low, high = images.min().clamp(max=0), images.max().clamp(min=1)
@@ -402,10 +389,7 @@ def draw_errors(file, evaluation, loader, names):
 
 @contextlib.contextmanager
 def replacing(file):
-    """Context that yields a path to write to, which then replaces `file`: as a whole or, after an error, not at all.
-
-    Raises UserError where it cannot be written.
-    """
+    """Context that yields a path to write, which then replaces `file`. Raises UserError where it cannot be written."""
     part = Path(f"{file}.part")  # beside it, as only a move within a file system is one step
     try:
         yield part
@@ -423,7 +407,7 @@ def load_weights(model, file):
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # depending on what is odd about the file, torch raises about anything
         advice = f"take a file that --save wrote for this {type(model).__name__}, with the same --hidden and --layers"
-        raise UserError(f"cannot load {file}: {reason(error)}; {advice}") from error
+        raise UserError(f"cannot load {file} ({reason(error)}); {advice}") from error
 
 
 # ---- pictures of your own ----
@@ -442,10 +426,7 @@ def grey_levels(image):
 
 
 def find_ink(grey):
-    """Return how much ink is on the paper, (H, W) in [0, 1], from grey levels (H, W) in [0, 255].
-
-    Raises ValueError where there is none.
-    """
+    """Return how much ink is on the paper, (H, W) in [0, 1], from grey levels (H, W). Raises ValueError for none."""
     if grey.median() - grey.min() < grey.max() - grey.median():  # more paper than ink: the paper is dark
         grey = 255 - grey
     # The paper is as light as the lightest pixel in each cell of a grid. A coarser one would not follow a shadow or the
@@ -454,7 +435,7 @@ def find_ink(grey):
     paper = F.avg_pool2d(paper, 3, 1, 1, count_include_pad=False)
     ink = F.interpolate(paper[None], size=grey.shape, mode="bilinear")[0, 0] - grey
     ink = (ink - ink.median()).clamp(min=0)  # most of the picture is paper, which is a little darker where it has grain
-    if ink.max() < 30:  # the faintest of 538 pictures that people made has 98
+    if ink.max() < 30:  # the faintest of 538 pictures that people made has 99
         raise ValueError("there is nothing on it")
     return ink / ink.max()
 
@@ -462,8 +443,8 @@ def find_ink(grey):
 def heaviest_part(ink):
     """Return ink (H, W) in [0, 1], H and W multiples of 4, without what is not connected to most of it.
 
-    A part is kept that weighs at least 0.3 of the heaviest, as the second stroke of a 4 may. What touches the picture's
-    edge counts a hundredth: a table can weigh many times as much as a digit.
+    A part has to weigh 0.3 of the heaviest, as the second stroke of a 4 does. What touches the picture's edge counts a
+    hundredth, since a table can weigh many times as much as a digit.
     """
     drawn = F.max_pool2d(ink[None], 4)[0] > 0.3  # in cells of 4x4 pixels, which bridge small gaps; grain reaches less
     part = torch.arange(1, drawn.numel() + 1).view(drawn.shape) * drawn  # a number for each
@@ -508,8 +489,8 @@ def read_picture(file):
 def predict_pictures(model, args):
     """Print for each picture of --predict the class that the model gives it, and how sure it is.
 
-    The names of the classes are those of --dataset, unless the network has another number of outputs: then they are the
-    outputs' numbers. Raises UserError, after all the others have been answered, for those that show no digit.
+    Where the network has more or fewer classes than --dataset, their number stands for their name. Raises UserError at
+    the end for pictures without a digit.
     """
     names, failures = class_names(args.dataset), []
     for file in args.predict:
