@@ -119,8 +119,7 @@ def make_parser(description):
 def parse_args(parser, argv):
     """Return the options in the list `argv`, for None those of the command line, completed and found to go together."""
     if argv is None:
-        # In a notebook the command line is that of its kernel.
-        argv = [] if sys.argv[0].endswith("kernel_launcher.py") else sys.argv[1:]
+        argv = [] if sys.argv[0].endswith("kernel_launcher.py") else sys.argv[1:]  # a notebook's is its kernel's
     args = parser.parse_args([str(word) for word in argv])
     for file in filter(None, (args.save, args.log, args.errors)):
         if os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or "."):
@@ -211,8 +210,7 @@ class Data:
 
 
 def class_names(dataset):
-    """Return the names of the classes of a data set that --dataset names."""
-    # MNIST's own names are "0 - zero" and so on.
+    """Return the names of the classes of a data set that --dataset names; MNIST's own are "0 - zero" and so on."""
     return [name.partition(" - ")[0] for name in DATASETS.get(dataset, datasets.MNIST).classes]
 
 
@@ -401,9 +399,8 @@ def replacing(file):
 
 
 def load_weights(model, file):
-    """Give the model the state dict in `file`. Raises UserError where there is none, or that of another network."""
+    """Give the model the state dict in `file`, without running code in it. Raises UserError where it does not fit."""
     try:
-        # Data only: no code in the file is run.
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # depending on what is odd about the file, torch raises about anything
         advice = f"take a file that --save wrote for this {type(model).__name__}, with the same --hidden and --layers"
@@ -453,8 +450,8 @@ def heaviest_part(ink):
     weight = torch.bincount(part.flatten(), (F.avg_pool2d(ink[None], 4)[0] * drawn).flatten())
     weight[torch.cat([part[[0, -1]].flatten(), part[:, [0, -1]].flatten()])] /= 100
     kept = (weight > 0.3 * weight.max())[part].float()
-    kept = F.max_pool2d(kept[None], 3, 1, 1)  # a cell more, for the outline
-    return ink * F.interpolate(kept[None], scale_factor=4)[0, 0]
+    kept = F.max_pool2d(kept[None, None], 3, 1, 1)  # a cell more, for the outline
+    return ink * F.interpolate(kept, scale_factor=4)[0, 0]
 
 
 def mnist_form(grey):
@@ -489,8 +486,8 @@ def read_picture(file):
 def predict_pictures(model, args):
     """Print for each picture of --predict the class that the model gives it, and how sure it is.
 
-    Where the network has more or fewer classes than --dataset, their number stands for their name. Raises UserError at
-    the end for pictures without a digit.
+    Where the network has not as many classes as --dataset, it prints their numbers. Raises UserError at the end for
+    pictures without a digit.
     """
     names, failures = class_names(args.dataset), []
     for file in args.predict:
