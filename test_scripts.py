@@ -146,8 +146,7 @@ def test_same_seed_same_weights(script, device, option, train):
     assert not same_weights(model, train(script, *options, option, "--seed", 1)[0])
     assert same_weights(model, train(script, *options)[0]) == (option == "--epochs=2")
     assert not same_weights(*(train(script, "--epochs", 0, "--seed", seed)[0] for seed in (0, 1)))
-    assert torch.backends.cudnn.deterministic and torch.backends.mkldnn.deterministic  # or a GPU may not repeat it
-    assert "CUBLAS_WORKSPACE_CONFIG" in os.environ
+    assert torch.backends.cudnn.deterministic and os.getenv("CUBLAS_WORKSPACE_CONFIG")  # or a GPU may not repeat it
 
 
 @pytest.mark.parametrize("options", [[], ["--one-cycle", "--augment"]], ids=str)
@@ -199,7 +198,7 @@ def test_one_cycle_augment_and_amp_as_the_readme_says(script, device, options, p
     assert 9.8 < torch.atan2(turn[:, 1, 0], turn[:, 0, 0]).rad2deg().abs().max() < 10.01
     size, pixels = turn.det().rsqrt(), {cnn_mnist: 1, rnn_mnist: 2}[script]
     assert (size.min().item(), size.max().item()) == pytest.approx((0.9, 1.1), abs=0.002)
-    assert 0.98 * pixels < shift.abs().max() * 14 < pixels + 0.01  # an image is 2 units wide
+    assert (shift.abs().amax(dim=0) * 14).flatten().tolist() == pytest.approx([pixels] * 2, abs=0.02 * pixels)
     train(script, "--epochs", 0, *options)
 
 
@@ -508,10 +507,9 @@ def test_loss_that_is_not_finite(script, data_dir, train, fail, monkeypatch):
     file, log = data_dir / "weights.pt", data_dir / "log.csv"
     train(script, "--epochs", 1, "--save", file)
     good, says = file.read_bytes(), "the loss is no longer finite after epoch 1; try a smaller --lr"
-    fail(script, "--load", file, "--save", file, "--log", log, "--lr", 1e37, says=says)
-    monkeypatch.setattr(common, "evaluate", lambda *_: SimpleNamespace(loss=math.inf, accuracy=0.1))
-    _, output = fail(script, "--save", file, "--log", log, says=says)
-    assert "accuracy" not in output
+    for loss, lr in ((0.5, 1e37), (math.inf, 0.001)):  # that of training, and that of the evaluation
+        monkeypatch.setattr(common, "evaluate", lambda *_, loss=loss: SimpleNamespace(loss=loss, accuracy=0.1))
+        assert "accuracy" not in fail(script, "--save", file, "--log", log, "--lr", lr, says=says)[1]
     assert file.read_bytes() == good
     assert not log.exists()
 
@@ -571,7 +569,8 @@ def test_save_and_load(script, device, train, tmp_path, monkeypatch):
     assert printed(evaluated, "accuracy") == printed(output, "accuracy")[-1:]
     assert not same_weights(model, train(script, "--device", device, "--epochs", 1, "--load", file, *sizes)[0])
     plain = rnn_mnist.RNN(hidden_size=16, num_layers=3) if sizes else cnn_mnist.CNN()
-    plain.load_state_dict(torch.load(file))  # as everybody does, also where there is no GPU
+    plain.load_state_dict(torch.load(file))  # as everybody does
+    assert {tensor.device.type for tensor in torch.load(file).values()} == {"cpu"}  # also where there is no GPU
     assert same_weights(plain, model.to("cpu"))
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")  # as if they lay there
     torch.save(model.state_dict(), file)
@@ -644,7 +643,7 @@ FORMS = {
     "turned by EXIF": lambda page: page.transpose(Image.Transpose.ROTATE_90),
     "dark on glass": lambda page: Image.merge("LA", (Image.new("L", page.size, 0), ImageOps.invert(page))),
     "light on glass": lambda page: Image.merge("LA", (Image.new("L", page.size, 255), ImageOps.invert(page))),
-    "16 bits": lambda page: Image.fromarray((pil_to_tensor(page)[0].int() * 257).numpy().astype("uint16")),
+    "16 bits": lambda page: Image.fromarray((pil_to_tensor(page)[0].int() * 99 + 9999).numpy().astype("uint16")),
 }
 
 
@@ -657,6 +656,7 @@ def test_picture_of_any_form(form, tmp_path):
         exif[0x0112] = 6 if "EXIF" in form else 1  # orientation: to be shown turned a quarter clockwise, or as it is
         picture.save(tmp_path / "other.png", exif=exif)
         plain, other = common.mnist_form(common.grey_levels(page)), common.read_picture(tmp_path / "other.png")
+        assert 0.06 < other.mean() < 0.18  # near the 0.1307 of MNIST, however thin the pencil and thick the pen
         # A pen has another width, which costs up to 0.6; another digit costs more than 1.
         assert (plain - other).abs().sum() < (0.6 if "pen" in form else 0.3) * plain.sum()
 
