@@ -403,8 +403,9 @@ def load_weights(model, file):
     try:
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # depending on what is odd about the file, torch raises about anything
+        why = reason(error) if isinstance(error, (OSError, RuntimeError)) else "it holds no weights"
         advice = f"take a file that --save wrote for this {type(model).__name__}, with the same --hidden and --layers"
-        raise UserError(f"cannot load {file} ({reason(error)}); {advice}") from error
+        raise UserError(f"cannot load {file} ({why}); {advice}") from error
 
 
 # ---- pictures of your own ----
