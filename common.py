@@ -205,8 +205,7 @@ class Data:
 
     def __init__(self, train_loader, eval_loader, classes, name="data of your own", split="test"):
         self.train_loader, self.eval_loader = train_loader, eval_loader
-        self.classes = list(map(str, classes))
-        self.name, self.split = name, split
+        self.classes, self.name, self.split = list(map(str, classes)), name, split
 
 
 def class_names(dataset):
@@ -223,8 +222,7 @@ def load_data(args):
     else:
         train, evaluated = read_dataset(args.dataset, args.data_dir)
     if args.validate:
-        evaluated = [tensor[-args.validate :] for tensor in train]
-        train = [tensor[: -args.validate] for tensor in train]
+        train, evaluated = [part[: -args.validate] for part in train], [part[-args.validate :] for part in train]
     images, labels = (tensor[: args.limit] for tensor in train)
     train_loader = Loader(*on_device(images, labels, args.device), args.batch_size, generator)
     eval_loader = Loader(*on_device(*evaluated, args.device))
@@ -293,17 +291,15 @@ def print_report(confusion, names):
     hits, predicted, counts = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
     precision, recall = hits / predicted.clamp(min=1), hits / counts.clamp(min=1)  # a share of nothing is 0
     f1 = 2 * hits / (predicted + counts).clamp(min=1)  # the harmonic mean of the two
-    longest = max(map(len, names)) + 2
-    width = max(12, longest)
+    width = max(12, *(len(name) + 2 for name in names))
     print(f"{'Class':<{width}}{'Precision':>10}{'Recall':>10}{'F1':>10}{'Count':>10}")
     for name, *shares, count in zip(names, precision, recall, f1, counts, strict=True):
         print(f"{name:<{width}}" + "".join(f"{share:>10.4f}" for share in shares) + f"{count:>10}")
     print("Confusion matrix, a row per true class, a column per predicted class:")
-    # The names above the columns are whole where all of it fits into a terminal of 80 columns.
-    column = max(6, len(str(confusion.max().item())) + 2, min(longest, (80 - width) // len(names)))
-    heads = [name[: column - 1] for name in names]
-    for name, row in zip(["", *names], [heads, *confusion.tolist()], strict=True):
-        print(f"{name:<{width}}" + "".join(f"{count:>{column}}" for count in row))
+    # All columns are as wide as the first where a terminal of 80 has room for that.
+    column = max(6, len(str(confusion.max().item())) + 2, min(width, (80 - width) // len(names)))
+    for name, row in zip(["", *names], [names, *confusion.tolist()], strict=True):
+        print(f"{name:<{width}}" + "".join(f"{str(cell)[: column - 1]:>{column}}" for cell in row))
 
 
 # ---- report ----
