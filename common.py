@@ -186,7 +186,7 @@ def read_dataset(name, data_dir):
         except Exception as error:  # neither the download nor the reader of torchvision has an error type of its own
             why = f"it is not there, and cannot be fetched: {reason(error)}; see --data-dir, or --dataset synthetic"
             if os.path.isfile(file):
-                why = "it is no IDX file, or not all of one; if it is still being fetched run again, else move it away"
+                why = "it is unreadable, or no whole IDX file; if it is being fetched run again, else move it away"
             raise UserError(f"cannot read {file}: {why}") from error
     splits = [(tensors[0], tensors[1].long()), (tensors[2], tensors[3].long())]
     for images, labels in splits:
@@ -469,7 +469,7 @@ def mnist_form(grey):
     left = round((mass.sum(dim=0) @ torch.arange(0.5, sides[1])).item() - side * 14.5 / 28)
     square = F.pad(ink, (-left, left + side - sides[1], -top, top + side - sides[0]))
     digit = F.interpolate(square[None, None], size=(28, 28), mode="bilinear", antialias=True)[0]
-    digit = (digit / digit.max()).clamp(0, 1)
+    digit = digit / digit.max()
     # Nearer to the mean of MNIST's training images, 0.1307: a pencil becomes stronger, a felt pen finer.
     return digit ** (math.log(0.1307) / math.log(digit.mean()))
 
@@ -484,8 +484,7 @@ def read_picture(file):
 def predict_pictures(model, args):
     """Print for each picture of --predict the class that the model gives it, and how sure it is.
 
-    Where the network has not as many classes as --dataset, it prints their numbers. Raises UserError at the end for
-    pictures without a digit.
+    Names are numbers where --dataset has more or fewer. Raises UserError at the end for pictures without a digit.
     """
     names, failures = class_names(args.dataset), []
     for file in args.predict:

@@ -439,8 +439,8 @@ def test_other_and_damaged_data(split, kind, data_dir, fail, monkeypatch):
     whole, before = file.read_bytes(), sorted(file.parent.iterdir())
     for content in (whole[:-1], b"", b"<!DOCTYPE html><html>", b"\x1f\x8b" + whole[2:]):
         file.write_bytes(content)
-        message, _ = fail(rnn_mnist, says=f"cannot read {file}: it is no IDX file, or not all of one")
-        assert "if it is still being fetched run again, else move it away" in message
+        message, _ = fail(rnn_mnist, says=f"cannot read {file}: it is unreadable, or no whole IDX file")
+        assert "if it is being fetched run again, else move it away" in message
     count, zeros = {"train": 250, "t10k": 130}[split], torch.zeros(250, 56, 28, dtype=torch.uint8)
     others = {"(250, 56, 28) and labels": zeros, "(99, 28, 28) and labels": zeros[:99, :28]}
     if kind.startswith("labels"):
