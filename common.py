@@ -455,15 +455,16 @@ def mnist_form(grey):
     """Bring the digit in a picture into the form of MNIST's: grey levels (H, W) in [0, 255] to (1, 28, 28) in [0, 1].
 
     The digit may be dark on light or the reverse, of any size, anywhere. As in LeCun, Bottou, Bengio and Haffner,
-    "Gradient-based learning applied to document recognition" (1998), it is scaled to fit 20x20 pixels, and moved until
-    its centre of mass is the centre: pixel (14, 14), as it is in MNIST's files. Raises ValueError where there is none.
+    "Gradient-based learning applied to document recognition" (1998), it is scaled, there to fit 20x20 pixels, and moved
+    until its centre of mass is at pixel (14, 14), where MNIST's files have it. Raises ValueError where there is none.
     """
     # With fewer pixels thin strokes are lost, with more a stroke falls into parts.
     sides = [4 * math.ceil(side * 64 / max(grey.shape)) for side in grey.shape]  # 256, and less
     grey = F.interpolate(grey[None, None], size=sides, mode="bilinear", antialias=True)[0, 0]
     ink = heaviest_part(find_ink(grey))
     rows, columns = (ink > 0.25).nonzero(as_tuple=True)  # the digit with half of its soft edge, and without grain
-    side = round(28 / 20 * (1 + max(rows.max() - rows.min(), columns.max() - columns.min())).item())
+    # To 19 pixels, as most pens are finer than MNIST's: with 20 the middle of a stroke would lie further out.
+    side = round(28 / 19 * (1 + max(rows.max() - rows.min(), columns.max() - columns.min())).item())
     mass = ink / ink.sum()
     top = round((mass.sum(dim=1) @ torch.arange(0.5, sides[0])).item() - side * 14.5 / 28)
     left = round((mass.sum(dim=0) @ torch.arange(0.5, sides[1])).item() - side * 14.5 / 28)
