@@ -297,7 +297,7 @@ def print_report(confusion, names):
         print(f"{name:<{width}}" + "".join(f"{share:>10.4f}" for share in shares) + f"{count:>10}")
     print("Confusion matrix, a row per true class, a column per predicted class:")
     # All columns are as wide as the first where a terminal of 80 has room for that.
-    column = max(6, len(str(confusion.max().item())) + 2, min(width, (80 - width) // len(names)))
+    column = max(6, len(f"{confusion.max()}") + 2, min(width, (80 - width) // len(names)))
     for name, row in zip(["", *names], [names, *confusion.tolist()], strict=True):
         print(f"{name:<{width}}" + "".join(f"{str(cell)[: column - 1]:>{column}}" for cell in row))
 
@@ -363,7 +363,7 @@ def draw_errors(file, evaluation, loader, names):
     low, high = images.min().clamp(max=0), images.max().clamp(min=1)
     confidence, predicted = evaluation.logits.softmax(dim=1).max(dim=1)
     wrong = (predicted != evaluation.labels).nonzero().squeeze(1)
-    worst = wrong[confidence[wrong].argsort(descending=True)][:100].tolist()
+    worst = wrong[confidence[wrong].argsort(descending=True)][:100]
     font = ImageFont.load_default(size=13)
     width = 36 + max(84, *(int(font.getlength(f"true: {name}")) for name in names))
     sheet = Image.new("RGB", (10 * width, 140 * max(1, math.ceil(len(worst) / 10))), "white")
