@@ -14,32 +14,44 @@ import common
 
 
 class CNN(nn.Module):
-    """Images (N, 1, 28, 28) in [0, 1] to logits (N, 10): no softmax, CrossEntropyLoss has its own."""
+    """Map images (N, 1, 28, 28) in [0, 1] to logits (N, 10); CrossEntropyLoss applies softmax."""
 
     def __init__(self):
         super().__init__()
-        # Padding 1 keeps the size through a 3x3 convolution, so that only the pooling halves it: 28, 14, 7.
+        # With padding 1, a 3x3 convolution keeps the size of the image; only pooling halves it.
         self.conv1 = nn.Conv2d(1, 16, kernel_size=3, padding=1)
         self.conv2 = nn.Conv2d(16, 32, kernel_size=3, padding=1)
         self.fc = nn.Linear(32 * 7 * 7, 10)
 
     def forward(self, x):
-        # The largest of four values is the same before and after ReLU, which after pooling has a quarter of them to do.
+        # ReLU gives the same values before or after pooling; after it, there are fewer to process.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))  # (N, 16, 14, 14)
         x = F.relu(F.max_pool2d(self.conv2(x), 2))  # (N, 32, 7, 7)
+        # x.view(len(x), -1) would fail here, because main uses the channels-last memory format.
         return self.fc(x.flatten(start_dim=1))  # (N, 10)
 
 
-def main(argv=None, model=None):
-    """Train `model`, or a CNN, as the options `argv` say; return it, and what evaluate found in the end."""
+def main(argv=None, model=None, data=None):
+    """Train a network with the options in `argv`; return it and its last evaluation.
+
+    argv: a list, or a string that is split at spaces; by default, the command line.
+    model: a network, which is trained in place, or a class or function that is called to create
+    one, after the seed is set; by default, the CNN above. data: a common.Data; by default, the
+    dataset of the options. With it, --dataset, --data-dir, --batch-size, --limit and --validate
+    have no effect.
+    """
     # options
     args = common.parse_args(common.make_parser(__doc__), argv)
-    torch.manual_seed(args.seed)
+    common.set_up(args.seed)
 
     # model
-    # Channels-last convolutions are faster, but wrong on Apple's GPUs in some versions of PyTorch.
-    layout = torch.contiguous_format if args.device.type == "mps" else torch.channels_last
-    model = (model or CNN()).to(args.device, memory_format=layout)
+    if model is None:
+        model = CNN()
+    elif not isinstance(model, nn.Module):
+        model = model()
+    if type(model) is CNN and args.device.type == "cpu":
+        model.to(memory_format=torch.channels_last)  # saves a third of the time there
+    model.to(args.device)
     if args.load:
         common.load_weights(model, args.load)
     if args.predict:
@@ -47,23 +59,26 @@ def main(argv=None, model=None):
         return model, None
 
     # data
-    data = common.load_data(args)
+    data = data or common.load_data(args)
     steps = len(data.train_loader)
     common.print_header(args, model, data)
 
     # train
     criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # one pass over all weights
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # fused: faster
     if args.one_cycle:
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(1, args.epochs * steps))
+        total_steps = max(1, args.epochs * steps)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps)
     for epoch in range(1, args.epochs + 1):
-        start, losses = time.perf_counter(), []
+        start = time.perf_counter()
+        losses = []
+        model.train()
         for step, (images, labels) in enumerate(data.train_loader, start=1):
+            images, labels = images.to(args.device), labels.to(args.device)
             if args.augment:
-                images = common.random_affine(images, shift=1)  # a network this small gains nothing from more
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-                logits = model(images)
-                loss = criterion(logits, labels)
+                images = common.random_affine(images, shift=1)  # a larger shift does not help
+            logits = model(images)
+            loss = criterion(logits, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

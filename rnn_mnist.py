@@ -1,4 +1,4 @@
-"""Train an LSTM of two layers on MNIST, read row by row: an image is a sequence of 28 time steps of 28 pixels.
+"""Train a two-layer LSTM on MNIST: an image is a sequence of 28 time steps (rows) of 28 pixels.
 
 python rnn_mnist.py --hidden 128
 python rnn_mnist.py --one-cycle --augment --save rnn.pt
@@ -13,31 +13,46 @@ import common
 
 
 class RNN(nn.Module):
-    """Images (N, 1, 28, 28) in [0, 1] to logits (N, 10): no softmax, CrossEntropyLoss has its own."""
+    """Map images (N, 1, 28, 28) in [0, 1] to logits (N, 10); CrossEntropyLoss applies softmax."""
 
     def __init__(self, hidden_size=128, num_layers=2):
         super().__init__()
-        # batch_first, because the loader's first dimension is the batch: else the LSTM takes images for time steps.
-        self.lstm = nn.LSTM(input_size=28, hidden_size=hidden_size, num_layers=num_layers, batch_first=True)
+        # batch_first, because the first dimension of the images is the batch. Without it, the LSTM
+        # would treat the images of a batch as time steps.
+        self.lstm = nn.LSTM(28, hidden_size, num_layers, batch_first=True)
         self.fc = nn.Linear(hidden_size, 10)
 
     def forward(self, x):
-        out, _ = self.lstm(x.squeeze(1))  # (N, 28, hidden_size)
-        return self.fc(out[:, -1])  # (N, 10), from the last time step, which has seen all 28 rows
+        if x.dim() == 4:
+            x = x.squeeze(1)  # (N, 28, 28), without the channel
+        out, _ = self.lstm(x)  # (N, 28, hidden_size)
+        return self.fc(out[:, -1])  # (N, 10), from the last time step, which has seen all rows
 
 
-def main(argv=None, model=None):
-    """Train `model`, or an RNN, as the options `argv` say; return it, and what evaluate found in the end."""
+def main(argv=None, model=None, data=None):
+    """Train a network with the options in `argv`; return it and its last evaluation.
+
+    argv: a list, or a string that is split at spaces; by default, the command line.
+    model: a network, which is trained in place, or a class or function that is called to create
+    one, after the seed is set; by default, the RNN above. data: a common.Data; by default, the
+    dataset of the options. With it, --dataset, --data-dir, --batch-size, --limit and --validate
+    have no effect.
+    """
     # options
     parser = common.make_parser(__doc__)
     add = parser.add_argument_group("network").add_argument
-    add("--hidden", type=common.positive, default=128, metavar="N", help="units per LSTM (default: %(default)s)")
-    add("--layers", type=common.positive, default=2, metavar="N", help="stacked LSTMs (default: %(default)s)")
+    number = {"type": common.positive, "metavar": "N"}
+    add("--hidden", **number, default=128, help="hidden size (default: %(default)s)")
+    add("--layers", **number, default=2, help="number of LSTM layers (default: %(default)s)")
     args = common.parse_args(parser, argv)
-    torch.manual_seed(args.seed)
+    common.set_up(args.seed)
 
     # model
-    model = (model or RNN(args.hidden, args.layers)).to(args.device)
+    if model in (None, RNN):
+        model = RNN(args.hidden, args.layers)
+    elif not isinstance(model, nn.Module):
+        model = model()
+    model.to(args.device)
     if args.load:
         common.load_weights(model, args.load)
     if args.predict:
@@ -45,23 +60,26 @@ def main(argv=None, model=None):
         return model, None
 
     # data
-    data = common.load_data(args)
+    data = data or common.load_data(args)
     steps = len(data.train_loader)
     common.print_header(args, model, data)
 
     # train
     criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # one pass over all weights
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # fused: faster
     if args.one_cycle:
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(1, args.epochs * steps))
+        total_steps = max(1, args.epochs * steps)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps)
     for epoch in range(1, args.epochs + 1):
-        start, losses = time.perf_counter(), []
+        start = time.perf_counter()
+        losses = []
+        model.train()
         for step, (images, labels) in enumerate(data.train_loader, start=1):
+            images, labels = images.to(args.device), labels.to(args.device)
             if args.augment:
                 images = common.random_affine(images)
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-                logits = model(images)
-                loss = criterion(logits, labels)
+            logits = model(images)
+            loss = criterion(logits, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
