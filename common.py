@@ -206,8 +206,8 @@ def load_weights(model, file):
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # for an invalid file, torch may raise almost any exception
         raise UserError(
-            f"cannot load {file} ({reason(error)}); "
-            f"use a file that --save wrote for the same {type(model).__name__}, with layers of the same size"
+            f"cannot load {file} ({reason(error)}); use a file that --save wrote "
+            f"for the same {type(model).__name__}, with layers of the same size"
         ) from error
 
 
