@@ -221,10 +221,10 @@ def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
     degrees, scale (a fraction) and shift (in pixels along each axis) are the maximum changes.
     """
     count, _, height, width = images.shape
-    angle, size, dx, dy = torch.rand(4, count, device=images.device, generator=generator) * 2 - 1
+    angle, zoom, dx, dy = torch.rand(4, count, device=images.device, generator=generator) * 2 - 1
     angle = angle * math.radians(degrees)
-    size = 1 + size * scale
-    cos, sin = angle.cos() / size, angle.sin() / size
+    zoom = 1 + zoom * scale
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom
     # affine_grid computes, for each output pixel, the input position that it is copied from. In
     # its coordinates, an image extends from -1 to 1 along both axes. If the image is not square, a
     # unit of x is therefore not as long as a unit of y, and the rotation has to convert them.
