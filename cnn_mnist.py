@@ -24,10 +24,10 @@ class CNN(nn.Module):
         self.fc = nn.Linear(32 * 7 * 7, 10)
 
     def forward(self, x):
-        # ReLU gives the same values before or after pooling; after it, there are fewer to process.
+        # ReLU and max pooling can be swapped. Pooling first leaves fewer values for ReLU.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))  # (N, 16, 14, 14)
         x = F.relu(F.max_pool2d(self.conv2(x), 2))  # (N, 32, 7, 7)
-        # x.view(len(x), -1) would fail here, because main uses the channels-last memory format.
+        # On a CPU, main uses the channels-last memory format, in which x.view(len(x), -1) fails.
         return self.fc(x.flatten(start_dim=1))  # (N, 10)
 
 
@@ -35,10 +35,10 @@ def main(argv=None, model=None, data=None):
     """Train a network with the options in `argv`; return it and its last evaluation.
 
     argv: a list, or a string that is split at spaces; by default, the command line.
-    model: a network, which is trained in place, or a class or function that is called to create
-    one, after the seed is set; by default, the CNN above. data: a common.Data; by default, the
-    dataset of the options. With it, --dataset, --data-dir, --batch-size, --limit and --validate
-    have no effect.
+    model: a network, which is trained in place, or a class or function that creates one after the
+    seed is set; by default, the CNN above. data: a common.Data; by default, the dataset of the
+    options. If data is given, --dataset, --data-dir, --batch-size, --limit and --validate have no
+    effect. With --predict, nothing is trained, and the evaluation is None.
     """
     # options
     args = common.parse_args(common.make_parser(__doc__), argv)
@@ -50,7 +50,7 @@ def main(argv=None, model=None, data=None):
     elif not isinstance(model, nn.Module):
         model = model()
     if type(model) is CNN and args.device.type == "cpu":
-        model.to(memory_format=torch.channels_last)  # saves a third of the time there
+        model.to(memory_format=torch.channels_last)  # saves a third of the training time
     model.to(args.device)
     if args.load:
         common.load_weights(model, args.load)
@@ -76,7 +76,7 @@ def main(argv=None, model=None, data=None):
         for step, (images, labels) in enumerate(data.train_loader, start=1):
             images, labels = images.to(args.device), labels.to(args.device)
             if args.augment:
-                images = common.random_affine(images, shift=1)  # a larger shift does not help
+                images = common.random_affine(images, shift=1)  # a shift of 2 is not better
             logits = model(images)
             loss = criterion(logits, labels)
             optimizer.zero_grad()
@@ -97,4 +97,4 @@ def main(argv=None, model=None, data=None):
 
 
 if __name__ == "__main__":
-    model, evaluation = common.run(main)
+    model, evaluation = common.run(main)  # a notebook can use both afterwards

@@ -1,6 +1,6 @@
-"""Code shared by cnn_mnist.py and rnn_mnist.py, in the order in which a run uses it.
+"""Code shared by cnn_mnist.py and rnn_mnist.py.
 
-Data flow: options -> device -> data -> the script's training loop -> evaluate -> report.
+The steps of a run: options -> device -> data -> the script's training loop -> evaluate -> report.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import ctypes
 import math
 import os
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,20 +34,19 @@ DATASETS = {
 
 
 def set_up(seed):
-    """Make training reproducible and fast, and printing robust, for the whole process."""
+    """Set the random seed, and options of the whole process for GPUs, memory and printing."""
     torch.manual_seed(seed)
     # On a GPU, these settings give the same weights in every run, see
     # https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     torch.backends.cudnn.deterministic = True
     torch.backends.mkldnn.deterministic = True  # Intel GPUs
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
-    # Faster on Linux: keep freed memory for the next training step. By default, it returns to the
-    # system, which fills it with zeros before the next use. -4 is M_MMAP_MAX, and -1 is
-    # M_TRIM_THRESHOLD, in glibc's malloc.h; see mallopt(3).
+    # Faster on Linux: glibc returns freed memory to the system, and getting it back for the next
+    # training step takes time. These two settings make the process keep it, see mallopt(3).
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # large blocks come from the heap, too
-        mallopt(-1, -1)  # and the heap never shrinks
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
     if hasattr(sys.stdout, "reconfigure"):
         # Show progress immediately, also in a pipe; print "?" for a letter that cannot be encoded.
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
@@ -62,13 +62,16 @@ class UserError(Exception):
 def reason(error):
     """Return the first sentence of an exception's message, in at most 200 characters."""
     message = str(error) or type(error).__name__
-    return " ".join(message.split()).partition(". ")[0][:200]
+    return textwrap.shorten(message, 200, placeholder=" ...").partition(". ")[0]
 
 
 def run(main):
-    """Run main() as a program and return its result; on an error, exit with one line."""
+    """Run main() as a program and return its result.
+
+    A UserError is printed as one line, with exit status 1; Ctrl-C gives status 130.
+    """
     if not hasattr(sys.stdout, "reconfigure"):
-        return main()  # a notebook or an IDE displays errors itself, and goes on running
+        return main()  # notebooks and IDEs have their own stdout, and display errors themselves
     try:
         return main()
     except UserError as error:
@@ -91,7 +94,7 @@ def positive(text):
 
 
 def find_device(name):
-    """argparse type: the torch.device `name`; `auto` is the accelerator, otherwise the CPU."""
+    """argparse type: convert a name to a torch.device; `auto` prefers a GPU to the CPU."""
     if name == "auto":
         found = torch.accelerator.is_available()
         name = torch.accelerator.current_accelerator().type if found else "cpu"
@@ -118,16 +121,16 @@ def make_parser(description):
     add("--lr", type=float, help="learning rate (default: 0.001, or 0.01 with --one-cycle)")
     add("--one-cycle", action="store_true", help="raise the learning rate to --lr, then lower it")
     add("--augment", action="store_true", help="rotate, scale and shift training images at random")
-    seed_help = f"same seed, machine and number of threads: same weights {default}"
+    seed_help = f"random seed; repeats a run on the same machine and number of threads {default}"
     add("--seed", type=int, default=0, metavar="N", help=seed_help)
     device_help = f"cpu, cuda, cuda:1, mps, ...; auto: a GPU, otherwise the CPU {default}"
     add("--device", type=find_device, default="auto", metavar="NAME", help=device_help)
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="mnist", help=f"synthetic: no download {default}")
+    add("--dataset", choices=DATASETS, default="mnist", help=f"synthetic is offline {default}")
     add("--data-dir", default="data", metavar="DIR", help=f"dataset folder {default}")
     add("--limit", type=positive, metavar="N", help="train on the first N training images")
-    validate_help = "evaluate on the last N training images, held out, not on the test images"
+    validate_help = "hold out the last N training images; evaluate on them, not on test images"
     add("--validate", type=positive, metavar="N", help=validate_help)
 
     add = parser.add_argument_group("results").add_argument
@@ -163,20 +166,6 @@ def parse_args(parser, argv):
 # ---- files ----
 
 
-def check_writable(file):
-    """Raise UserError if `file` cannot be written, so that a run fails before the training."""
-    folder = os.path.dirname(os.path.realpath(file))  # of the target, if `file` is a link
-    if os.path.exists(file) and not os.path.isfile(file):
-        why = "it is not a regular file"
-    elif not os.path.isdir(folder):
-        why = "its folder does not exist"
-    elif not all(os.access(path, os.W_OK) for path in (folder, file) if os.path.exists(path)):
-        why = "it is write-protected"
-    else:
-        return
-    raise UserError(f"cannot write {file}: {why}; choose another path")
-
-
 @contextlib.contextmanager
 def writing(file):
     """Context manager: an OSError becomes a UserError that names the file."""
@@ -186,22 +175,37 @@ def writing(file):
         raise UserError(f"cannot write {file}: {reason(error)}; choose another path") from error
 
 
+def check_writable(file):
+    """Raise UserError if `file` cannot be written, so that a run fails before the training."""
+    folder = os.path.dirname(os.path.realpath(file))  # of the target, if `file` is a link
+    with writing(file):
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise OSError("it is not a regular file")
+        if not os.path.isdir(folder):
+            raise OSError("its folder does not exist")
+        if not all(os.access(path, os.W_OK) for path in (folder, file) if os.path.exists(path)):
+            raise OSError("it is write-protected")
+
+
 @contextlib.contextmanager
 def replacing(file):
     """Context manager: yields a path to write to, and moves it to `file` if nothing fails."""
     target = os.path.realpath(file)
-    temporary = Path(f"{target}.part")  # in the same folder: only there is a move atomic
+    # In the same folder, replace() is atomic: the old file stays until the new one is complete.
+    temporary = Path(f"{target}.part")
     with writing(file):
         try:
             yield temporary
             temporary.replace(target)
         finally:
-            with contextlib.suppress(OSError):  # it was moved, or never created
-                temporary.unlink()
+            temporary.unlink(missing_ok=True)
 
 
 def load_weights(model, file):
-    """Load a state dict without running code in it. Raises UserError if it does not fit."""
+    """Load a state dict without running code in it.
+
+    Raises UserError if the file cannot be read, or has the weights of another network.
+    """
     try:
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # for an invalid file, torch may raise almost any exception
@@ -244,8 +248,8 @@ def draw_digits(count, generator):
         ImageDraw.Draw(picture).text((14, 14), str(digit), fill=255, font=font, anchor="mm")
         digits[digit] = pil_to_tensor(picture)
     labels = torch.randint(10, (count,), generator=generator)
-    # The distortion is strong, so that a network learns them about as fast as MNIST. A chunk of
-    # 500 images fits in the CPU's cache.
+    # A strong distortion makes these digits about as hard to learn as MNIST. A chunk of 500 images
+    # fits in the CPU's cache, which is faster.
     chunks = [random_affine(digits[chunk], 30, 0.4, 4, generator) for chunk in labels.split(500)]
     return torch.cat(chunks).round().to(torch.uint8).squeeze(1), labels
 
@@ -273,8 +277,8 @@ class Data:
     """The data to train and evaluate on, and its names in the output.
 
     train_loader: a Loader or a torch DataLoader of batches: inputs (N, ...) for the network, and
-    labels (N,), int64. eval_loader: the same, without shuffling. classes: one name for each output
-    of the network. split: what eval_loader contains, such as "validation".
+    labels (N,), int64. eval_loader: the same, without shuffling. classes: the names of the classes,
+    in the order of the network's outputs. split: what eval_loader contains, such as "validation".
     """
 
     train_loader: object
@@ -286,7 +290,7 @@ class Data:
 
 def load_data(args):
     """Return the Data that the options select, on the device. Raises UserError if that fails."""
-    # A separate generator, so that nothing else that is random changes the digits or their order.
+    # With a separate generator, other random operations do not affect the digits or their order.
     generator = torch.Generator().manual_seed(args.seed)
     if args.dataset == "synthetic":
         train = draw_digits(60_000, generator)
@@ -296,7 +300,7 @@ def load_data(args):
     split = "test"
     if args.validate:
         if args.validate >= len(train[0]):
-            raise UserError(f"--validate {args.validate} leaves no training images; use fewer")
+            raise UserError(f"--validate {args.validate} leaves no training images; use less")
         split = "validation"
         test = [tensor[-args.validate :] for tensor in train]
         train = [tensor[: -args.validate] for tensor in train]
@@ -312,12 +316,15 @@ def load_data(args):
 
 
 def as_floats(images, labels, device):
-    """Move uint8 images (N, H, W), as float (N, 1, H, W) in [0, 1], and labels to the device."""
+    """Move images and labels to the device.
+
+    Converts the images from uint8 (N, H, W) to float (N, 1, H, W) in [0, 1].
+    """
     return images.unsqueeze(1).to(device).float().div_(255), labels.to(device)
 
 
 class Loader:
-    """Iterate over batches of images (N, ...) and labels (N,), on the device where they are.
+    """Iterate over batches of images (N, ...) and labels (N,), which stay on their device.
 
     With a generator, each epoch has a new random order. torch's DataLoader is slower, because it
     collects a batch sample by sample.
@@ -350,12 +357,13 @@ def evaluate(model, loader):
     training = model.training
     device = next(model.parameters()).device
     model.eval()
-    batches = [(model(images.to(device)), labels.to(device)) for images, labels in loader]
+    outputs = [(model(images.to(device)), labels.to(device)) for images, labels in loader]
     model.train(training)
-    logits, labels = (torch.cat(column) for column in zip(*batches, strict=True))
-    labels, classes = labels.long(), logits.shape[1]  # uint8 would overflow in the next line
-    pairs = labels * classes + logits.argmax(dim=1)
-    confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    logits, labels = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    labels = labels.long()  # uint8 would overflow in the multiplication
+    size = logits.shape[1]
+    pairs = labels * size + logits.argmax(dim=1)
+    confusion = torch.bincount(pairs, minlength=size**2).view(size, size)
     return SimpleNamespace(
         loss=F.cross_entropy(logits, labels).item(),  # mean over the samples
         accuracy=confusion.trace().item() / len(labels),  # in [0, 1]
@@ -368,7 +376,7 @@ def evaluate(model, loader):
 def print_tables(confusion, names):
     """Print precision, recall, F1 and count of each class, then the confusion matrix (C, C)."""
     hits, predicted, counts = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
-    # clamp makes 0 / 0, of a class that is never predicted or has no samples, 0.
+    # clamp avoids 0 / 0: a class without predictions or without samples gets 0.
     precision, recall = hits / predicted.clamp(min=1), hits / counts.clamp(min=1)
     f1 = 2 * hits / (predicted + counts).clamp(min=1)  # harmonic mean of precision and recall
     width = max(12, *(len(name) + 2 for name in names))
@@ -376,9 +384,10 @@ def print_tables(confusion, names):
     for name, p, r, f, count in zip(names, precision, recall, f1, counts, strict=True):
         print(f"{name:<{width}}{p:>10.4f}{r:>10.4f}{f:>10.4f}{count:>10}")
     print("Confusion matrix (rows: true classes, columns: predicted classes):")
-    # Columns are wide enough for whole names, if the matrix then fits in a terminal of 80 letters.
+    # Columns are wide enough for whole names if the matrix then fits in 80 characters.
     column = max(6, len(f"{confusion.max()}") + 2, min(width, (80 - width) // len(names)))
-    for name, row in zip(["", *names], [names, *confusion.tolist()], strict=True):
+    rows = [names, *confusion.tolist()]  # the first one is the header
+    for name, row in zip(["", *names], rows, strict=True):
         cells = (f"{str(cell)[: column - 1]:>{column}}" for cell in row)
         print(f"{name:<{width}}" + "".join(cells))
 
@@ -405,8 +414,8 @@ def end_epoch(args, epoch, model, data, losses, start):
     """Evaluate the model, print the epoch's results, then write the --save and --log files.
 
     losses: one scalar tensor per step. start: time.perf_counter() at the start of the epoch.
-    Returns the evaluation. Raises UserError if a loss is not finite, before anything is written,
-    or if a file cannot be written.
+    Returns the evaluation. Raises UserError if a loss is not finite (then this epoch writes no
+    file), or if a file cannot be written.
     """
     train_loss = torch.stack(losses).mean().item()  # waits for the GPU, so that the time is right
     seconds = time.perf_counter() - start
@@ -418,14 +427,14 @@ def end_epoch(args, epoch, model, data, losses, start):
         )
     print(f"Epoch [{epoch}/{args.epochs}], {score_line(data, evaluation)}, Time: {seconds:.2f} s")
     if args.save:
-        # On the CPU, so that a machine without a GPU can load them. Given a path and not an open
-        # file, torch.save would not report a full disk.
+        # On the CPU, so that a machine without a GPU can load them. With a path in place of an
+        # open file, torch.save would not report a full disk.
         weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
         with replacing(args.save) as temporary, temporary.open("wb") as file:
             torch.save(weights, file)
     if args.log:
         with writing(args.log), open(args.log, "w" if epoch == 1 else "a") as file:
-            if file.tell() == 0:
+            if file.tell() == 0:  # the file is new
                 file.write(f"epoch,train_loss,{data.split}_loss,{data.split}_accuracy,seconds\n")
             file.write(f"{epoch},{train_loss:.6f},{evaluation.loss:.6f},")
             file.write(f"{evaluation.accuracy:.6f},{seconds:.2f}\n")
@@ -451,13 +460,14 @@ def draw_errors(file, evaluation, loader, names):
     """
     # Pillow's built-in font has no letters outside ASCII.
     names = [name if name.isascii() else str(i) for i, name in enumerate(names)]
-    images, labels = (torch.cat(column).cpu() for column in zip(*loader, strict=True))
+    images, labels = (torch.cat(parts).cpu() for parts in zip(*loader, strict=True))
     if (labels != evaluation.labels).any():
         raise UserError("cannot draw errors: eval_loader must not shuffle; use shuffle=False")
     low, high = images.min().clamp(max=0), images.max().clamp(min=1)
     confidence, predicted = evaluation.logits.softmax(dim=1).max(dim=1)
     wrong = (predicted != evaluation.labels).nonzero().squeeze(1)
     worst = wrong[confidence[wrong].argsort(descending=True)][:100]
+    # A cell of the sheet has an image of 84x84 pixels, three lines of text, and margins.
     font = ImageFont.load_default(size=13)
     width = 36 + max(84, *(int(font.getlength(f"true: {name}")) for name in names))
     sheet = Image.new("RGB", (10 * width, 140 * max(1, math.ceil(len(worst) / 10))), "white")
@@ -477,7 +487,7 @@ def draw_errors(file, evaluation, loader, names):
 
 
 def grey_levels(image):
-    """Convert a Pillow image to grey levels (H, W), float in [0, 255]; transparency to white."""
+    """Convert a Pillow image to grey levels (H, W), float in [0, 255]; transparent is white."""
     image = image.convert("RGBA")
     paper = Image.new("RGBA", image.size, "white")
     return pil_to_tensor(Image.alpha_composite(paper, image).convert("L"))[0].float()
@@ -488,42 +498,44 @@ def find_ink(grey):
 
     Raises ValueError if there is hardly any contrast.
     """
+    # Most pixels are paper. If their level, the median, is nearer to the darkest pixel than to the
+    # lightest one, the ink is light: invert.
     if grey.median() - grey.min() < grey.max() - grey.median():
-        grey = 255 - grey  # most pixels are paper, and they were dark
+        grey = 255 - grey
     # Take the lightest pixel in each cell of a grid as the paper. A coarser grid would not follow
     # a shadow or the edge of a table; in a finer grid, a felt pen could fill a whole cell.
     paper = F.adaptive_max_pool2d(grey[None], 10)  # (1, 10, 10)
-    paper = F.avg_pool2d(paper, 3, stride=1, padding=1, count_include_pad=False)
-    ink = F.interpolate(paper[None], size=grey.shape, mode="bilinear")[0, 0] - grey
-    # Most pixels are paper, and slightly darker than its lightest pixel. The median removes that.
+    paper = F.avg_pool2d(paper, 3, stride=1, padding=1, count_include_pad=False)  # smooth
+    ink = F.interpolate(paper[None], grey.shape, mode="bilinear")[0, 0] - grey
+    # Paper is slightly darker than its lightest pixel. Subtracting the median makes it 0.
     ink = (ink - ink.median()).clamp(min=0)
-    if ink.max() < 30:  # of 255 grey levels; 538 real pictures have at least 99
-        raise ValueError("no strokes found; use one digit on plain paper, as a JPEG or PNG file")
+    if ink.max() < 30:  # of 255; the faintest of 538 pictures that people made has 99
+        raise ValueError("no strokes found; use a JPEG or PNG file of one digit on plain paper")
     return ink / ink.max()
 
 
-def heaviest_part(ink):
-    """Return only the heaviest connected components of the ink (H, W).
+def main_components(ink):
+    """Return only the connected components with the most ink, (H, W), from all ink (H, W).
 
-    H and W must be multiples of 4. A component is kept if it has at least 0.3 times the ink of the
-    heaviest, like the second stroke of a 4. One that touches the border counts only 1/100, because
-    the edge of a table can have many times the ink of a digit.
+    H and W must be multiples of 4. A component is kept if it has more than 0.3 times the ink of
+    the largest one, like the second stroke of a 4. If it touches the border, its ink is divided by
+    100, because the edge of a table can have much more ink than a digit.
     """
-    # Mark the cells of 4x4 pixels that contain ink. This closes small gaps, and leaves out grain.
+    # Mark the cells of 4x4 pixels that contain ink. This closes small gaps, and ignores grain.
     drawn = F.max_pool2d(ink[None], 4)[0] > 0.3  # (H / 4, W / 4)
-    # Each cell starts with its own number as a label, and then repeatedly takes the highest label
-    # of its neighbours, until all cells of a component have the same one. 0 is the background.
-    label = torch.arange(1, drawn.numel() + 1).view(drawn.shape) * drawn
+    # Each cell starts with its own number, and then repeatedly takes the highest number of its
+    # neighbours, until all cells of a component have the same one. 0 is the background.
+    component = torch.arange(1, drawn.numel() + 1).view(drawn.shape) * drawn
     while True:
-        spread = F.max_pool2d(label[None], 3, stride=1, padding=1)[0] * drawn
-        if spread.equal(label):
+        spread = F.max_pool2d(component[None], 3, stride=1, padding=1)[0] * drawn
+        if spread.equal(component):
             break
-        label = spread
+        component = spread
     cell_ink = F.avg_pool2d(ink[None], 4)[0] * drawn
-    weight = torch.bincount(label.flatten(), cell_ink.flatten())  # of each label
-    border = torch.cat([label[0], label[-1], label[:, 0], label[:, -1]]).unique()
-    weight[border] /= 100
-    kept = (weight > 0.3 * weight.max())[label].float()
+    total = torch.bincount(component.flatten(), cell_ink.flatten())  # the ink of each component
+    edges = [component[0], component[-1], component[:, 0], component[:, -1]]
+    total[torch.cat(edges).unique()] /= 100
+    kept = (total > 0.3 * total.max())[component].float()  # for each cell: 1 or 0
     kept = F.max_pool2d(kept[None, None], 3, stride=1, padding=1)  # and the cells around it
     return ink * F.interpolate(kept, scale_factor=4)[0, 0]
 
@@ -531,18 +543,19 @@ def heaviest_part(ink):
 def mnist_form(grey):
     """Convert a picture of a digit, grey levels (H, W) in [0, 255], to MNIST's format (1, 28, 28).
 
-    The digit may be dark on light or the reverse, of any size, anywhere. Like MNIST's (LeCun,
-    Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition", 1998),
-    it is scaled, and its centre of mass is moved to pixel (14, 14). Raises ValueError if there is
+    The digit may be dark on light or the reverse, of any size, anywhere. As in MNIST, it is scaled,
+    and its centre of mass is moved to pixel (14, 14); see LeCun, Bottou, Bengio and Haffner,
+    "Gradient-based learning applied to document recognition" (1998). Raises ValueError if there is
     hardly any contrast.
     """
-    # The longer side becomes 256 pixels. Fewer would lose thin strokes, more would break strokes.
+    # The longer side becomes 256 pixels. With fewer, thin strokes would vanish; with more, strokes
+    # would fall apart into several components.
     height, width = (4 * math.ceil(side * 64 / max(grey.shape)) for side in grey.shape)
-    ink = heaviest_part(find_ink(resize(grey[None], [height, width])[0]))
+    ink = main_components(find_ink(resize(grey[None], [height, width])[0]))
     rows, columns = (ink > 0.25).nonzero(as_tuple=True)  # without the blurred edge of the strokes
     longer = 1 + max(rows.max() - rows.min(), columns.max() - columns.min()).item()
-    # Scale the digit to 19 of 28 pixels. MNIST has 20, but with thicker pens than most people's:
-    # at 20, the middle of a thin stroke would lie too far out.
+    # MNIST's digits are 20 pixels long, but with thick strokes. Most people's strokes are thinner:
+    # at 19 pixels, the middle of a stroke is where MNIST has it.
     side = round(longer * 28 / 19)
     # The middle of pixel i is at i + 0.5.
     mass = ink / ink.sum()
@@ -552,8 +565,8 @@ def mnist_form(grey):
     top, left = round(row - middle), round(column - middle)
     digit = resized_crop(ink[None], top, left, side, side, [28, 28])  # 0 outside the picture
     digit = digit / digit.max()
-    # Move the mean towards that of MNIST's training images, 0.1307: this makes a pencil's strokes
-    # bolder, and a felt pen's thinner.
+    # Bring the mean closer to that of MNIST's training images, 0.1307: this makes the strokes of a
+    # pencil bolder, and those of a felt pen thinner.
     gamma = math.log(0.1307) / math.log(digit.mean())
     return digit**gamma
 

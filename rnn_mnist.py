@@ -1,4 +1,4 @@
-"""Train a two-layer LSTM on MNIST: an image is a sequence of 28 time steps (rows) of 28 pixels.
+"""Train an LSTM on MNIST: an image is a sequence of 28 time steps (rows) of 28 pixels.
 
 python rnn_mnist.py --hidden 128
 python rnn_mnist.py --one-cycle --augment --save rnn.pt
@@ -23,8 +23,8 @@ class RNN(nn.Module):
         self.fc = nn.Linear(hidden_size, 10)
 
     def forward(self, x):
-        if x.dim() == 4:
-            x = x.squeeze(1)  # (N, 28, 28), without the channel
+        if x.dim() == 4:  # images; other sequences, (N, T, 28), have no channel
+            x = x.squeeze(1)  # (N, 28, 28)
         out, _ = self.lstm(x)  # (N, 28, hidden_size)
         return self.fc(out[:, -1])  # (N, 10), from the last time step, which has seen all rows
 
@@ -33,10 +33,10 @@ def main(argv=None, model=None, data=None):
     """Train a network with the options in `argv`; return it and its last evaluation.
 
     argv: a list, or a string that is split at spaces; by default, the command line.
-    model: a network, which is trained in place, or a class or function that is called to create
-    one, after the seed is set; by default, the RNN above. data: a common.Data; by default, the
-    dataset of the options. With it, --dataset, --data-dir, --batch-size, --limit and --validate
-    have no effect.
+    model: a network, which is trained in place, or a class or function that creates one after the
+    seed is set; by default, the RNN above. data: a common.Data; by default, the dataset of the
+    options. If data is given, --dataset, --data-dir, --batch-size, --limit and --validate have no
+    effect. With --predict, nothing is trained, and the evaluation is None.
     """
     # options
     parser = common.make_parser(__doc__)
@@ -98,4 +98,4 @@ def main(argv=None, model=None, data=None):
 
 
 if __name__ == "__main__":
-    model, evaluation = common.run(main)
+    model, evaluation = common.run(main)  # a notebook can use both afterwards

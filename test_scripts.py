@@ -15,6 +15,7 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
+from subprocess import PIPE
 from types import SimpleNamespace
 
 import pytest
@@ -45,7 +46,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # ---- helpers ----
 
 
-@pytest.fixture(params=[cnn_mnist, rnn_mnist], ids=["cnn_mnist", "rnn_mnist"])
+@pytest.fixture(params=[cnn_mnist, rnn_mnist], ids=lambda script: script.__name__)
 def script(request):
     return request.param
 
@@ -114,8 +115,7 @@ def start(script, options, **variables):
     """Start a script in a subprocess, with Python's usual buffering."""
     command = [sys.executable, script.__file__, *options.split()]
     env = {**os.environ, "PYTHONUNBUFFERED": "", **variables}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, env=env, **pipes)
+    return subprocess.Popen(command, text=True, env=env, stdout=PIPE, stderr=PIPE)
 
 
 def spy(monkeypatch, owner, name):
@@ -146,6 +146,13 @@ def weights(model):
 
 def same_weights(model, other):
     return torch.equal(weights(model), weights(other))
+
+
+def assert_one_line(failure, start, end=""):
+    assert failure.status == 1
+    assert failure.message.startswith(start)
+    assert failure.message.endswith(end)
+    assert "\n" not in failure.message
 
 
 def load_data(options):
@@ -335,7 +342,7 @@ def test_limit_and_validate_choose_images(option, count, data_dir):
 
 @parametrize("count", [250, 1000])
 def test_no_training_images_left_is_an_error_before_training(count, fail):
-    says = f"error: --validate {count} leaves no training images; use fewer"
+    says = f"error: --validate {count} leaves no training images; use less"
     assert fail(cnn_mnist, f"--validate {count}") == (1, says, "")
 
 
@@ -566,14 +573,17 @@ def test_an_lstm_refuses_colour_pictures():
         rnn_mnist.RNN()(torch.rand(5, 3, 28, 28))
 
 
-@parametrize("shape", [(3, 32, 32), (12, 5)], ids=["colour images", "sequences"])
-def test_own_data_is_reported_with_its_own_names(script, shape, device, train, tmp_path):
+@parametrize("shape", [(3, 32, 32), (12, 5)])  # colour images, and sequences
+def test_own_data_is_reported_with_its_own_names(
+    script, shape, device, train, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
     names = ["WALKING", "WALKING_UPSTAIRS", "WALKING_DOWNSTAIRS"]
-    options = f"--device {device} --epochs 1 --errors {tmp_path}/e.png"
-    run = train(script, options, flat(math.prod(shape)), own_data(shape, names))
-    header, *lines = run.output.splitlines()
-    assert header.endswith("Data: custom data (60 training and 30 test samples)")
-    assert "mnist" not in "".join(lines).replace(str(tmp_path), "")
+    network, data = flat(math.prod(shape)), own_data(shape, names)
+    run = train(script, f"--device {device} --epochs 1 --errors e.png", network, data)
+    assert "Data: custom data (60 training and 30 test samples)\n" in run.output
+    assert "mnist" not in run.output
+    lines = run.output.splitlines()
     for name, line in zip(names, lines[-9:-6], strict=True):
         assert re.fullmatch(rf"{name} .* 10", line)
     assert lines[-5].split() == names  # above the matrix, whole
@@ -781,7 +791,7 @@ def test_no_errors_are_an_empty_sheet(draw):
     assert draw(torch.rand(3, 1, 28, 28), torch.ones(3), 0).min() == 255
 
 
-@parametrize(("mean", "std"), [(0, 1), (0.5, 0.25)], ids=["plain", "normalized"])
+@parametrize(("mean", "std"), [(0, 1), (0.5, 0.25)])
 def test_errors_in_colour(mean, std, draw):
     image = torch.zeros(1, 3, 14, 28)
     image[:, 0] = 1  # red above
@@ -791,6 +801,9 @@ def test_errors_in_colour(mean, std, draw):
 
 
 # ---- files ----
+
+
+CNN_WEIGHTS = cnn_mnist.CNN().state_dict()
 
 
 @pytest.fixture
@@ -820,6 +833,13 @@ def test_saved_weights_are_a_plain_state_dict_on_the_cpu(device, train, file):
     assert same_weights(plain, trained.cpu())
 
 
+def test_weights_that_somebody_saved_on_a_gpu_are_loaded(train, file, monkeypatch):
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
+    torch.save(CNN_WEIGHTS, file)
+    loaded = train(cnn_mnist, f"--epochs 0 --load {file}").model
+    assert torch.equal(loaded.fc.weight, CNN_WEIGHTS["fc.weight"])
+
+
 class Harmful:
     """Makes a folder when it is unpickled."""
 
@@ -837,7 +857,6 @@ def test_loading_runs_no_code(fail, file, monkeypatch):
     assert not os.path.exists(f"{file}.trace")
 
 
-CNN_WEIGHTS = cnn_mnist.CNN().state_dict()
 OTHER_WEIGHTS = {
     "text": b"seven is a digit",
     "empty": b"",
@@ -860,8 +879,7 @@ def test_other_weights_are_refused(script, content, fail, file):
     name = "CNN" if script is cnn_mnist else "RNN"
     advice = f"use a file that --save wrote for the same {name}, with layers of the same size"
     failure = fail(script, f"--load {file}")
-    assert failure.status == 1
-    assert re.fullmatch(rf"error: cannot load {file} \(.+\); {advice}", failure.message)
+    assert_one_line(failure, f"error: cannot load {file} (", f"); {advice}")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full to write to")
@@ -900,12 +918,17 @@ def test_weights_replace_a_file_whole(train, file):
     assert torch.load(file)
 
 
+BAD_PLACES = ["folder.png", "missing/file.png"]
+if os.name == "posix":
+    BAD_PLACES.append("pipe.png")
+
+
 @parametrize("option", ["--save", "--log", "--errors"])
-@parametrize("place", ["folder.png", "pipe.png", "missing/file.png"])
+@parametrize("place", BAD_PLACES)
 def test_a_bad_place_is_an_error_before_training(option, place, fail, tmp_path):
     (tmp_path / "folder.png").mkdir()
-    if os.name == "posix":
-        os.mkfifo(tmp_path / "pipe.png")
+    if place == "pipe.png":
+        os.mkfifo(tmp_path / place)
     why = "its folder does not exist" if "/" in place else "it is not a regular file"
     says = f"error: cannot write {tmp_path}/{place}: {why}; choose another path"
     assert fail(cnn_mnist, f"{option} {tmp_path}/{place}") == (1, says, "")
@@ -924,8 +947,7 @@ def test_a_protected_place_is_an_error_before_training(option, protected, fail, 
 def test_the_clean_up_does_not_hide_an_error(fail, tmp_path):
     file = tmp_path / ("x" * 252)  # with `.part`, the name is too long
     failure = fail(cnn_mnist, f"--epochs 1 --save {file}")
-    assert failure.status == 1
-    assert failure.message.startswith(f"error: cannot write {file}: ")
+    assert_one_line(failure, f"error: cannot write {file}: ")
 
 
 def spoil(log):
@@ -946,11 +968,9 @@ def test_missing_data_is_one_line(place, fail, data_dir, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody listens
     failure = fail(cnn_mnist, f"--data-dir {data_dir}/{place}")
-    folder = f"{data_dir}/{place}/MNIST/raw"
-    assert failure.status == 1
-    assert failure.message.startswith(f"error: cannot read or download {folder}: ")
-    assert failure.message.endswith("; without internet access, use --dataset synthetic")
-    assert "\n" not in failure.message
+    folder = data_dir / place / "MNIST/raw"
+    advice = "; without internet access, use --dataset synthetic"
+    assert_one_line(failure, f"error: cannot read or download {folder}: ", advice)
 
 
 @parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
@@ -959,8 +979,7 @@ def test_damaged_data_is_one_line_and_stays(name, length, fail, data_dir):
     damaged = data_dir / "MNIST/raw" / name
     damaged.write_bytes(damaged.read_bytes()[:length])
     failure = fail(rnn_mnist)
-    assert failure.status == 1
-    assert failure.message.startswith(f"error: cannot read or download {damaged.parent}: ")
+    assert_one_line(failure, f"error: cannot read or download {damaged.parent}: ")
     assert "after an interrupted download, move that folder away" in failure.message
     assert damaged.stat().st_size == length
 
