@@ -14,7 +14,10 @@ import common
 
 
 class CNN(nn.Module):
-    """Map images (N, 1, 28, 28) in [0, 1] to logits (N, 10); CrossEntropyLoss applies softmax."""
+    """Map images (N, 1, 28, 28) in [0, 1] to logits (N, 10).
+
+    There is no softmax, because CrossEntropyLoss applies it.
+    """
 
     def __init__(self):
         super().__init__()
@@ -27,7 +30,7 @@ class CNN(nn.Module):
         # ReLU and max pooling can be swapped. Pooling first leaves fewer values for ReLU.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))  # (N, 16, 14, 14)
         x = F.relu(F.max_pool2d(self.conv2(x), 2))  # (N, 32, 7, 7)
-        # On a CPU, main uses the channels-last memory format, in which x.view(len(x), -1) fails.
+        # Not x.view(len(x), -1): on a CPU, main changes the memory format, and view would fail.
         return self.fc(x.flatten(start_dim=1))  # (N, 10)
 
 
@@ -35,10 +38,11 @@ def main(argv=None, model=None, data=None):
     """Train a network with the options in `argv`; return it and its last evaluation.
 
     argv: a list, or a string that is split at spaces; by default, the command line.
-    model: a network, which is trained in place, or a class or function that creates one after the
-    seed is set; by default, the CNN above. data: a common.Data; by default, the dataset of the
-    options. If data is given, --dataset, --data-dir, --batch-size, --limit and --validate have no
-    effect. With --predict, nothing is trained, and the evaluation is None.
+    model: a network, which is trained in place; or a class or function that returns a new network,
+    and is called after the seed is set. By default, it is the CNN above.
+    data: a common.Data; by default, the dataset of the options. If it is given, --dataset,
+    --data-dir, --batch-size, --limit and --validate have no effect.
+    With --predict, nothing is trained, and the evaluation is None.
     """
     # options
     args = common.parse_args(common.make_parser(__doc__), argv)

@@ -1,6 +1,6 @@
 """Code shared by cnn_mnist.py and rnn_mnist.py.
 
-The steps of a run: options -> device -> data -> the script's training loop -> evaluate -> report.
+The steps of a run: options and device -> model -> data -> training loop -> evaluate -> report.
 """
 
 import argparse
@@ -34,18 +34,18 @@ DATASETS = {
 
 
 def set_up(seed):
-    """Set the random seed, and options of the whole process for GPUs, memory and printing."""
+    """Set the random seed, and change GPU, memory and printing settings of the whole process."""
     torch.manual_seed(seed)
-    # On a GPU, these settings give the same weights in every run, see
+    # With these settings, a GPU computes the same weights for the same seed, see
     # https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     torch.backends.cudnn.deterministic = True
     torch.backends.mkldnn.deterministic = True  # Intel GPUs
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
     # Faster on Linux: glibc returns freed memory to the system, and getting it back for the next
     # training step takes time. These two settings make the process keep it, see mallopt(3).
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
+    with contextlib.suppress(OSError, AttributeError):  # on a system without glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
+        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, not from the system
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
     if hasattr(sys.stdout, "reconfigure"):
         # Show progress immediately, also in a pipe; print "?" for a letter that cannot be encoded.
@@ -116,18 +116,19 @@ def make_parser(description):
     default = "(default: %(default)s)"
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=10, metavar="N", help=f"0 only evaluates {default}")
+    add("--epochs", type=int, default=10, metavar="N", help=f"0: only evaluate {default}")
     add("--batch-size", type=positive, default=100, metavar="N", help=f"images per step {default}")
     add("--lr", type=float, help="learning rate (default: 0.001, or 0.01 with --one-cycle)")
     add("--one-cycle", action="store_true", help="raise the learning rate to --lr, then lower it")
     add("--augment", action="store_true", help="rotate, scale and shift training images at random")
-    seed_help = f"random seed; repeats a run on the same machine and number of threads {default}"
+    seed_help = f"random seed; same result if machine and number of threads are the same {default}"
     add("--seed", type=int, default=0, metavar="N", help=seed_help)
     device_help = f"cpu, cuda, cuda:1, mps, ...; auto: a GPU, otherwise the CPU {default}"
     add("--device", type=find_device, default="auto", metavar="NAME", help=device_help)
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="mnist", help=f"synthetic is offline {default}")
+    dataset_help = f"synthetic needs no download {default}"
+    add("--dataset", choices=DATASETS, default="mnist", help=dataset_help)
     add("--data-dir", default="data", metavar="DIR", help=f"dataset folder {default}")
     add("--limit", type=positive, metavar="N", help="train on the first N training images")
     validate_help = "hold out the last N training images; evaluate on them, not on test images"
@@ -177,14 +178,14 @@ def writing(file):
 
 def check_writable(file):
     """Raise UserError if `file` cannot be written, so that a run fails before the training."""
-    folder = os.path.dirname(os.path.realpath(file))  # of the target, if `file` is a link
+    folder = os.path.dirname(os.path.realpath(file))  # the target's, if it is a link
     with writing(file):
         if os.path.exists(file) and not os.path.isfile(file):
             raise OSError("it is not a regular file")
         if not os.path.isdir(folder):
             raise OSError("its folder does not exist")
         if not all(os.access(path, os.W_OK) for path in (folder, file) if os.path.exists(path)):
-            raise OSError("it is write-protected")
+            raise OSError("it or its folder is write-protected")
 
 
 @contextlib.contextmanager
@@ -202,7 +203,7 @@ def replacing(file):
 
 
 def load_weights(model, file):
-    """Load a state dict without running code in it.
+    """Load a state dict into the model; never run code that the file may contain.
 
     Raises UserError if the file cannot be read, or has the weights of another network.
     """
@@ -231,7 +232,7 @@ def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     # affine_grid computes, for each output pixel, the input position that it is copied from. In
     # its coordinates, an image extends from -1 to 1 along both axes. If the image is not square, a
-    # unit of x is therefore not as long as a unit of y, and the rotation has to convert them.
+    # unit of x is not as long as a unit of y, so the sines, which mix x and y, need a factor.
     dx, dy = dx * shift * 2 / width, dy * shift * 2 / height
     theta = [cos, -sin * (height / width), dx, sin * (width / height), cos, dy]
     theta = torch.stack(theta, dim=1).view(-1, 2, 3)
@@ -274,11 +275,12 @@ def read_dataset(name, data_dir):
 
 @dataclass
 class Data:
-    """The data to train and evaluate on, and its names in the output.
+    """The data to train and evaluate on, and the names that are printed for it.
 
     train_loader: a Loader or a torch DataLoader of batches: inputs (N, ...) for the network, and
     labels (N,), int64. eval_loader: the same, without shuffling. classes: the names of the classes,
-    in the order of the network's outputs. split: what eval_loader contains, such as "validation".
+    in the order of the network's outputs. name: that of the dataset. split: that of the samples in
+    eval_loader, such as "validation".
     """
 
     train_loader: object
@@ -290,7 +292,8 @@ class Data:
 
 def load_data(args):
     """Return the Data that the options select, on the device. Raises UserError if that fails."""
-    # With a separate generator, other random operations do not affect the digits or their order.
+    # With a separate generator, other random operations change neither the synthetic digits nor
+    # the order of the training images.
     generator = torch.Generator().manual_seed(args.seed)
     if args.dataset == "synthetic":
         train = draw_digits(60_000, generator)
@@ -384,7 +387,7 @@ def print_tables(confusion, names):
     for name, p, r, f, count in zip(names, precision, recall, f1, counts, strict=True):
         print(f"{name:<{width}}{p:>10.4f}{r:>10.4f}{f:>10.4f}{count:>10}")
     print("Confusion matrix (rows: true classes, columns: predicted classes):")
-    # Columns are wide enough for whole names if the matrix then fits in 80 characters.
+    # Show whole names if the matrix still fits in 80 characters; otherwise, cut them.
     column = max(6, len(f"{confusion.max()}") + 2, min(width, (80 - width) // len(names)))
     rows = [names, *confusion.tolist()]  # the first one is the header
     for name, row in zip(["", *names], rows, strict=True):
@@ -427,8 +430,8 @@ def end_epoch(args, epoch, model, data, losses, start):
         )
     print(f"Epoch [{epoch}/{args.epochs}], {score_line(data, evaluation)}, Time: {seconds:.2f} s")
     if args.save:
-        # On the CPU, so that a machine without a GPU can load them. With a path in place of an
-        # open file, torch.save would not report a full disk.
+        # On the CPU, so that a machine without a GPU can load them, too. Given a path, torch.save
+        # would not report a full disk; given an open file, it does.
         weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
         with replacing(args.save) as temporary, temporary.open("wb") as file:
             torch.save(weights, file)
@@ -445,7 +448,7 @@ def report(args, data, evaluation):
     """Print the final report and, with --errors, draw the misclassified images."""
     print("Training finished." if args.epochs > 0 else score_line(data, evaluation))
     outputs = len(evaluation.confusion)
-    names = [*data.classes, *range(len(data.classes), outputs)]  # without a name: a number
+    names = [*data.classes, *range(len(data.classes), outputs)]  # their numbers
     names = [str(name) for name in names[:outputs]]
     print_tables(evaluation.confusion, names)
     if args.errors:
@@ -455,14 +458,14 @@ def report(args, data, evaluation):
 def draw_errors(file, evaluation, loader, names):
     """Draw up to 100 misclassified images, most confident first, as a PNG file.
 
-    The images are (H, W), (1, H, W) or (3, H, W). If any value is outside [0, 1], all are rescaled
-    to it. Raises UserError if the file cannot be written.
+    The images are (H, W), (1, H, W) or (3, H, W). If any value is outside [0, 1], all images
+    are rescaled to [0, 1]. Raises UserError if the file cannot be written.
     """
     # Pillow's built-in font has no letters outside ASCII.
     names = [name if name.isascii() else str(i) for i, name in enumerate(names)]
     images, labels = (torch.cat(parts).cpu() for parts in zip(*loader, strict=True))
     if (labels != evaluation.labels).any():
-        raise UserError("cannot draw errors: eval_loader must not shuffle; use shuffle=False")
+        raise UserError("cannot draw errors: eval_loader must not shuffle the images")
     low, high = images.min().clamp(max=0), images.max().clamp(min=1)
     confidence, predicted = evaluation.logits.softmax(dim=1).max(dim=1)
     wrong = (predicted != evaluation.labels).nonzero().squeeze(1)
@@ -502,26 +505,27 @@ def find_ink(grey):
     # lightest one, the ink is light: invert.
     if grey.median() - grey.min() < grey.max() - grey.median():
         grey = 255 - grey
-    # Take the lightest pixel in each cell of a grid as the paper. A coarser grid would not follow
-    # a shadow or the edge of a table; in a finer grid, a felt pen could fill a whole cell.
+    # Estimate the paper by the lightest pixel in each cell of a grid. With larger cells, a shadow
+    # would count as ink; with smaller ones, a thick stroke could fill a cell and count as paper.
     paper = F.adaptive_max_pool2d(grey[None], 10)  # (1, 10, 10)
     paper = F.avg_pool2d(paper, 3, stride=1, padding=1, count_include_pad=False)  # smooth
     ink = F.interpolate(paper[None], grey.shape, mode="bilinear")[0, 0] - grey
-    # Paper is slightly darker than its lightest pixel. Subtracting the median makes it 0.
+    # Paper is slightly darker than its lightest pixel. Subtracting the median makes it about 0.
     ink = (ink - ink.median()).clamp(min=0)
-    if ink.max() < 30:  # of 255; the faintest of 538 pictures that people made has 99
-        raise ValueError("no strokes found; use a JPEG or PNG file of one digit on plain paper")
+    if ink.max() < 30:  # of 255; in 538 pictures that people made, the lowest maximum is 99
+        raise ValueError("no strokes found")
     return ink / ink.max()
 
 
 def main_components(ink):
-    """Return only the connected components with the most ink, (H, W), from all ink (H, W).
+    """Keep the connected components with the most ink; set all other ink to 0.
 
-    H and W must be multiples of 4. A component is kept if it has more than 0.3 times the ink of
-    the largest one, like the second stroke of a 4. If it touches the border, its ink is divided by
-    100, because the edge of a table can have much more ink than a digit.
+    ink: (H, W) in [0, 1], H and W multiples of 4; returns the same shape. A component is kept if
+    it has more than 0.3 times the ink of the largest one, so the second stroke of a 4 is kept. If
+    it touches the border, its ink counts only 1/100 in this comparison, because the edge of a
+    table can have much more ink than a digit.
     """
-    # Mark the cells of 4x4 pixels that contain ink. This closes small gaps, and ignores grain.
+    # Mark the cells of 4x4 pixels that contain ink. This closes small gaps, and ignores noise.
     drawn = F.max_pool2d(ink[None], 4)[0] > 0.3  # (H / 4, W / 4)
     # Each cell starts with its own number, and then repeatedly takes the highest number of its
     # neighbours, until all cells of a component have the same one. 0 is the background.
@@ -554,8 +558,8 @@ def mnist_form(grey):
     ink = main_components(find_ink(resize(grey[None], [height, width])[0]))
     rows, columns = (ink > 0.25).nonzero(as_tuple=True)  # without the blurred edge of the strokes
     longer = 1 + max(rows.max() - rows.min(), columns.max() - columns.min()).item()
-    # MNIST's digits are 20 pixels long, but with thick strokes. Most people's strokes are thinner:
-    # at 19 pixels, the middle of a stroke is where MNIST has it.
+    # MNIST scales digits to 20 pixels, but their strokes are thick. Most people's are thinner: at
+    # 19 pixels, the middle lines of their strokes lie where those of MNIST do.
     side = round(longer * 28 / 19)
     # The middle of pixel i is at i + 0.5.
     mass = ink / ink.sum()
@@ -596,4 +600,5 @@ def predict_pictures(model, args):
         confidence, digit = logits.softmax(dim=0).max(dim=0)
         print(f"{file}: {digit} ({confidence:.1%})")
     if failures:
-        raise UserError("; ".join(failures))
+        reasons = "; ".join(failures)
+        raise UserError(f"{reasons}; use JPEG or PNG files of one digit on plain paper")

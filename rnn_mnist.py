@@ -13,7 +13,10 @@ import common
 
 
 class RNN(nn.Module):
-    """Map images (N, 1, 28, 28) in [0, 1] to logits (N, 10); CrossEntropyLoss applies softmax."""
+    """Map images (N, 1, 28, 28) in [0, 1], or sequences (N, T, 28), to logits (N, 10).
+
+    There is no softmax, because CrossEntropyLoss applies it.
+    """
 
     def __init__(self, hidden_size=128, num_layers=2):
         super().__init__()
@@ -23,8 +26,8 @@ class RNN(nn.Module):
         self.fc = nn.Linear(hidden_size, 10)
 
     def forward(self, x):
-        if x.dim() == 4:  # images; other sequences, (N, T, 28), have no channel
-            x = x.squeeze(1)  # (N, 28, 28)
+        if x.dim() == 4:
+            x = x.squeeze(1)  # (N, 28, 28), without the channel of an image
         out, _ = self.lstm(x)  # (N, 28, hidden_size)
         return self.fc(out[:, -1])  # (N, 10), from the last time step, which has seen all rows
 
@@ -33,10 +36,12 @@ def main(argv=None, model=None, data=None):
     """Train a network with the options in `argv`; return it and its last evaluation.
 
     argv: a list, or a string that is split at spaces; by default, the command line.
-    model: a network, which is trained in place, or a class or function that creates one after the
-    seed is set; by default, the RNN above. data: a common.Data; by default, the dataset of the
-    options. If data is given, --dataset, --data-dir, --batch-size, --limit and --validate have no
-    effect. With --predict, nothing is trained, and the evaluation is None.
+    model: a network, which is trained in place; or a class or function that returns a new network,
+    and is called after the seed is set. By default, it is the RNN above; with another network,
+    --hidden and --layers have no effect.
+    data: a common.Data; by default, the dataset of the options. If it is given, --dataset,
+    --data-dir, --batch-size, --limit and --validate have no effect.
+    With --predict, nothing is trained, and the evaluation is None.
     """
     # options
     parser = common.make_parser(__doc__)

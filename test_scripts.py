@@ -940,7 +940,7 @@ def test_a_protected_place_is_an_error_before_training(option, protected, fail, 
     # The superuser may write everywhere, so a real protection has no effect in a container.
     place = file.parent / protected
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place)
-    says = f"error: cannot write {file}: it is write-protected; choose another path"
+    says = f"error: cannot write {file}: it or its folder is write-protected; choose another path"
     assert fail(cnn_mnist, f"{option} {file}") == (1, says, "")
 
 
