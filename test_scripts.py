@@ -1007,8 +1007,8 @@ def on_ruled_paper(page):
 
 
 def with_grain(page, sigma=40):
-    noise = Image.effect_noise(page.size, sigma).convert(page.mode)
-    return ImageChops.add(page, noise, offset=-128)
+    noise = torch.randn(page.size[::-1], generator=torch.Generator().manual_seed(0))
+    return to_pil_image((pil_to_tensor(page) + sigma * noise).clamp(0, 255).byte())
 
 
 def on_dark_coloured_paper(page):
