@@ -86,7 +86,7 @@ def run(main):
 # ---- options ----
 
 
-def positive(text):
+def positive_int(text):
     """argparse type: an integer of at least 1."""
     if int(text) < 1:
         raise ValueError
@@ -117,7 +117,7 @@ def make_parser(description):
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=10, metavar="N", help=f"0: only evaluate {default}")
-    add("--batch-size", type=positive, default=100, metavar="N", help=f"images per step {default}")
+    add("--batch-size", type=positive_int, default=100, metavar="N", help=f"batch size {default}")
     add("--lr", type=float, help="learning rate (default: 0.001, or 0.01 with --one-cycle)")
     add("--one-cycle", action="store_true", help="raise the learning rate to --lr, then lower it")
     add("--augment", action="store_true", help="rotate, scale and shift training images at random")
@@ -130,9 +130,9 @@ def make_parser(description):
     dataset_help = f"synthetic needs no download {default}"
     add("--dataset", choices=DATASETS, default="mnist", help=dataset_help)
     add("--data-dir", default="data", metavar="DIR", help=f"dataset folder {default}")
-    add("--limit", type=positive, metavar="N", help="train on the first N training images")
+    add("--limit", type=positive_int, metavar="N", help="train on the first N training images")
     validate_help = "hold out the last N training images; evaluate on them, not on test images"
-    add("--validate", type=positive, metavar="N", help=validate_help)
+    add("--validate", type=positive_int, metavar="N", help=validate_help)
 
     add = parser.add_argument_group("results").add_argument
     add("--log", metavar="FILE", help="write losses and accuracy of each epoch to a CSV file")
@@ -267,8 +267,9 @@ def read_dataset(name, data_dir):
     except Exception as error:  # torchvision has no exception type for failed downloads and reads
         folder = Path(data_dir, dataset.__name__, "raw")
         raise UserError(
-            f"cannot read or download {folder}: {reason(error)}; after an interrupted download, "
-            "move that folder away; without internet access, use --dataset synthetic"
+            f"cannot read or download {folder}: {reason(error)}; check --data-dir; after an "
+            "interrupted download, move that folder away; without internet access, "
+            "use --dataset synthetic"
         ) from error
     return [(split.data, split.targets) for split in splits]
 
