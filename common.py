@@ -178,7 +178,7 @@ def writing(file):
 
 def check_writable(file):
     """Raise UserError if `file` cannot be written, so that a run fails before the training."""
-    folder = os.path.dirname(os.path.realpath(file))  # the target's, if it is a link
+    folder = os.path.dirname(os.path.realpath(file))  # of its target, if it is a link
     with writing(file):
         if os.path.exists(file) and not os.path.isfile(file):
             raise OSError("it is not a regular file")
@@ -280,8 +280,8 @@ class Data:
 
     train_loader: a Loader or a torch DataLoader of batches: inputs (N, ...) for the network, and
     labels (N,), int64. eval_loader: the same, without shuffling. classes: the names of the classes,
-    in the order of the network's outputs. name: that of the dataset. split: that of the samples in
-    eval_loader, such as "validation".
+    in the order of the network's outputs. name: the name of the dataset. split: "test" or
+    "validation", depending on what eval_loader contains.
     """
 
     train_loader: object
@@ -449,7 +449,7 @@ def report(args, data, evaluation):
     """Print the final report and, with --errors, draw the misclassified images."""
     print("Training finished." if args.epochs > 0 else score_line(data, evaluation))
     outputs = len(evaluation.confusion)
-    names = [*data.classes, *range(len(data.classes), outputs)]  # their numbers
+    names = [*data.classes, *range(len(data.classes), outputs)]  # numbers, if there is no name
     names = [str(name) for name in names[:outputs]]
     print_tables(evaluation.confusion, names)
     if args.errors:
@@ -513,7 +513,7 @@ def find_ink(grey):
     ink = F.interpolate(paper[None], grey.shape, mode="bilinear")[0, 0] - grey
     # Paper is slightly darker than its lightest pixel. Subtracting the median makes it about 0.
     ink = (ink - ink.median()).clamp(min=0)
-    if ink.max() < 30:  # of 255; in 538 pictures that people made, the lowest maximum is 99
+    if ink.max() < 30:  # of 255 grey levels; 538 pictures that people made have at least 99
         raise ValueError("no strokes found")
     return ink / ink.max()
 
@@ -559,8 +559,8 @@ def mnist_form(grey):
     ink = main_components(find_ink(resize(grey[None], [height, width])[0]))
     rows, columns = (ink > 0.25).nonzero(as_tuple=True)  # without the blurred edge of the strokes
     longer = 1 + max(rows.max() - rows.min(), columns.max() - columns.min()).item()
-    # MNIST scales digits to 20 pixels, but their strokes are thick. Most people's are thinner: at
-    # 19 pixels, the middle lines of their strokes lie where those of MNIST do.
+    # MNIST scales digits to 20 pixels, with thick strokes. Most people's strokes are thinner. With
+    # 19 pixels, the centre lines of thin strokes lie in the same place as those of thick ones.
     side = round(longer * 28 / 19)
     # The middle of pixel i is at i + 0.5.
     mass = ink / ink.sum()
