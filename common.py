@@ -227,16 +227,15 @@ def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
     """
     count, _, height, width = images.shape
     angle, zoom, dx, dy = torch.rand(4, count, device=images.device, generator=generator) * 2 - 1
-    angle = angle * math.radians(degrees)
+    angle *= math.radians(degrees)
     zoom = 1 + zoom * scale
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     # affine_grid computes, for each output pixel, the input position that it is copied from. In
     # its coordinates, an image extends from -1 to 1 along both axes. If the image is not square, a
     # unit of x is not as long as a unit of y, so the sines, which mix x and y, need a factor.
     dx, dy = dx * shift * 2 / width, dy * shift * 2 / height
-    theta = [cos, -sin * (height / width), dx, sin * (width / height), cos, dy]
-    theta = torch.stack(theta, dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, images.shape, align_corners=False)  # (N, H, W, 2)
+    theta = torch.stack([cos, -sin * (height / width), dx, sin * (width / height), cos, dy], dim=1)
+    grid = F.affine_grid(theta.view(-1, 2, 3), images.shape, align_corners=False)  # (N, H, W, 2)
     return F.grid_sample(images, grid, align_corners=False)  # (N, C, H, W)
 
 
