@@ -135,7 +135,7 @@ def make_parser(description):
     add("--validate", type=positive_int, metavar="N", help=validate_help)
 
     add = parser.add_argument_group("results").add_argument
-    add("--log", metavar="FILE", help="write losses and accuracy of each epoch to a CSV file")
+    add("--log", metavar="FILE", help="write losses, accuracy and time of each epoch to a CSV file")
     add("--save", metavar="FILE", help="save the weights after each epoch, as a state dict")
     add("--load", metavar="FILE", help="start from weights saved with --save")
     add("--predict", nargs="+", metavar="IMAGE", help="with --load: classify digits in pictures")
@@ -178,7 +178,7 @@ def writing(file):
 
 def check_writable(file):
     """Raise UserError if `file` cannot be written, so that a run fails before the training."""
-    folder = os.path.dirname(os.path.realpath(file))  # of its target, if it is a link
+    folder = os.path.dirname(os.path.realpath(file))  # for a link: the folder of its target
     with writing(file):
         if os.path.exists(file) and not os.path.isfile(file):
             raise OSError("it is not a regular file")
@@ -190,7 +190,10 @@ def check_writable(file):
 
 @contextlib.contextmanager
 def replacing(file):
-    """Context manager: yields a path to write to, and moves it to `file` if nothing fails."""
+    """Context manager: yields a temporary path to write to.
+
+    If nothing fails, the file that was written there replaces `file`.
+    """
     target = os.path.realpath(file)
     # In the same folder, replace() is atomic: the old file stays until the new one is complete.
     temporary = Path(f"{target}.part")
@@ -277,7 +280,7 @@ def read_dataset(name, data_dir):
 class Data:
     """The data to train and evaluate on, and the names that are printed for it.
 
-    train_loader: a Loader or a torch DataLoader of batches: inputs (N, ...) for the network, and
+    train_loader: a Loader or a torch DataLoader; each batch has inputs (N, ...) for the network and
     labels (N,), int64. eval_loader: the same, without shuffling. classes: the names of the classes,
     in the order of the network's outputs. name: the name of the dataset. split: "test" or
     "validation", depending on what eval_loader contains.
@@ -512,7 +515,8 @@ def find_ink(grey):
     ink = F.interpolate(paper[None], grey.shape, mode="bilinear")[0, 0] - grey
     # Paper is slightly darker than its lightest pixel. Subtracting the median makes it about 0.
     ink = (ink - ink.median()).clamp(min=0)
-    if ink.max() < 30:  # of 255 grey levels; 538 pictures that people made have at least 99
+    # On a scale of 0 to 255; in each of 538 pictures that people made, the maximum is at least 99.
+    if ink.max() < 30:
         raise ValueError("no strokes found")
     return ink / ink.max()
 
@@ -539,8 +543,9 @@ def main_components(ink):
     total = torch.bincount(component.flatten(), cell_ink.flatten())  # the ink of each component
     edges = [component[0], component[-1], component[:, 0], component[:, -1]]
     total[torch.cat(edges).unique()] /= 100
-    kept = (total > 0.3 * total.max())[component].float()  # for each cell: 1 or 0
-    kept = F.max_pool2d(kept[None, None], 3, stride=1, padding=1)  # and the cells around it
+    # 1 in each cell of the components that are kept, and in the cells around them; otherwise 0
+    kept = (total > 0.3 * total.max())[component].float()
+    kept = F.max_pool2d(kept[None, None], 3, stride=1, padding=1)
     return ink * F.interpolate(kept, scale_factor=4)[0, 0]
 
 
@@ -576,7 +581,7 @@ def mnist_form(grey):
 
 
 def read_picture(file):
-    """Read the digit in a picture file, in MNIST's format (1, 28, 28)."""
+    """Read a picture file; return the image of its digit in MNIST's format (1, 28, 28)."""
     image = Image.open(file)
     image.draft("L", (512, 512))  # decode a large JPEG file at a lower resolution
     return mnist_form(grey_levels(ImageOps.exif_transpose(image)))

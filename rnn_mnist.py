@@ -39,13 +39,13 @@ def main(argv=None, model=None, data=None):
     model: a network, which is trained in place; or a class or function that returns a new network,
     and is called after the seed is set. By default, it is the RNN above; with another network,
     --hidden and --layers have no effect.
-    data: a common.Data; by default, the dataset of the options. If it is given, --dataset,
+    data: a common.Data; by default, the dataset that the options select. If it is given, --dataset,
     --data-dir, --batch-size, --limit and --validate have no effect.
     With --predict, nothing is trained, and the evaluation is None.
     """
     # options
     parser = common.make_parser(__doc__)
-    add = parser.add_argument_group("network (repeat these with --load)").add_argument
+    add = parser.add_argument_group("network (for --load, the same as for --save)").add_argument
     number = {"type": common.positive_int, "metavar": "N"}
     add("--hidden", **number, default=128, help="hidden size (default: %(default)s)")
     add("--layers", **number, default=2, help="number of LSTM layers (default: %(default)s)")
