@@ -127,8 +127,7 @@ def make_parser(description):
     add("--device", type=find_device, default="auto", metavar="NAME", help=device_help)
 
     add = parser.add_argument_group("data").add_argument
-    dataset_help = f"synthetic needs no download {default}"
-    add("--dataset", choices=DATASETS, default="mnist", help=dataset_help)
+    add("--dataset", choices=DATASETS, default="mnist", help=f"synthetic: no download {default}")
     add("--data-dir", default="data", metavar="DIR", help=f"dataset folder {default}")
     add("--limit", type=positive_int, metavar="N", help="train on the first N training images")
     validate_help = "hold out the last N training images; evaluate on them, not on test images"
@@ -283,7 +282,8 @@ class Data:
     train_loader: a Loader or a torch DataLoader; each batch has inputs (N, ...) for the network and
     labels (N,), int64. eval_loader: the same, without shuffling. classes: the names of the classes,
     in the order of the network's outputs. name: the name of the dataset. split: "test" or
-    "validation", depending on what eval_loader contains.
+    "validation", depending on what eval_loader contains. Raises UserError if there are no training
+    samples.
     """
 
     train_loader: object
@@ -291,6 +291,10 @@ class Data:
     classes: list
     name: str = "custom data"
     split: str = "test"
+
+    def __post_init__(self):
+        if len(self.train_loader.dataset) == 0:
+            raise UserError("no training samples; use a smaller --validate, or more data")
 
 
 def load_data(args):
@@ -305,8 +309,6 @@ def load_data(args):
         train, test = read_dataset(args.dataset, args.data_dir)
     split = "test"
     if args.validate:
-        if args.validate >= len(train[0]):
-            raise UserError(f"--validate {args.validate} leaves no training images; use less")
         split = "validation"
         test = [tensor[-args.validate :] for tensor in train]
         train = [tensor[: -args.validate] for tensor in train]
@@ -392,8 +394,8 @@ def print_tables(confusion, names):
     print("Confusion matrix (rows: true classes, columns: predicted classes):")
     # Show whole names if the matrix still fits in 80 characters; otherwise, cut them.
     column = max(6, len(f"{confusion.max()}") + 2, min(width, (80 - width) // len(names)))
-    rows = [names, *confusion.tolist()]  # the first one is the header
-    for name, row in zip(["", *names], rows, strict=True):
+    # The first row is the header.
+    for name, row in zip(["", *names], [names, *confusion.tolist()], strict=True):
         cells = (f"{str(cell)[: column - 1]:>{column}}" for cell in row)
         print(f"{name:<{width}}" + "".join(cells))
 

@@ -357,10 +357,18 @@ def test_limit_and_validate_choose_images(option, count, small_mnist):
         assert torch.equal(labels, split[1][:end])
 
 
+NO_SAMPLES = "no training samples; use a smaller --validate, or more data"
+
+
 @parametrize("count", [250, 1000])
 def test_no_training_images_left_is_an_error_before_training(count, fail):
-    says = f"error: --validate {count} leaves no training images; use less"
-    assert fail(cnn_mnist, f"--validate {count}") == (1, says, "")
+    assert fail(cnn_mnist, f"--validate {count}") == (1, f"error: {NO_SAMPLES}", "")
+
+
+def test_own_data_without_training_samples_is_an_error():
+    nothing = common.Loader(torch.zeros(0, 4), torch.zeros(0).long())
+    with raises(common.UserError, match=NO_SAMPLES):
+        common.Data(nothing, nothing, ["a", "b", "c"])
 
 
 def test_synthetic_digits_repeat_and_do_not_leak():
