@@ -30,7 +30,7 @@ class CNN(nn.Module):
         # ReLU and max pooling can be swapped. Pooling first leaves fewer values for ReLU.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))  # (N, 16, 14, 14)
         x = F.relu(F.max_pool2d(self.conv2(x), 2))  # (N, 32, 7, 7)
-        # Not x.view(len(x), -1): on a CPU, main changes this class's memory format, and view fails.
+        # x.view(len(x), -1) would fail: on a CPU, main converts this network to channels-last.
         return self.fc(x.flatten(start_dim=1))  # (N, 10)
 
 
@@ -38,8 +38,8 @@ def main(argv=None, model=None, data=None):
     """Train a network with the options in `argv`; return it and its last evaluation.
 
     argv: a list, or a string that is split at spaces; by default, the command line.
-    model: a network, which is trained in place; or a class or function that returns a new network,
-    and is called after the seed is set. By default, it is the CNN above.
+    model: a network, which is trained in place; or a class or function, which is called after the
+    seed is set, and returns a new network. By default, it is the CNN above.
     data: a common.Data; by default, the dataset that the options select. If it is given, --dataset,
     --data-dir, --batch-size, --limit and --validate have no effect.
     With --predict, nothing is trained, and the evaluation is None.

@@ -26,7 +26,7 @@ DATASETS = {
     "mnist": datasets.MNIST,
     "fashion-mnist": datasets.FashionMNIST,
     "kmnist": datasets.KMNIST,
-    "synthetic": datasets.MNIST,  # for its class names
+    "synthetic": datasets.MNIST,  # only its class names are used
 }
 
 
@@ -41,8 +41,8 @@ def set_up(seed):
     torch.backends.cudnn.deterministic = True
     torch.backends.mkldnn.deterministic = True  # Intel GPUs
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
-    # Faster on Linux: glibc returns freed memory to the system, and getting it back for the next
-    # training step takes time. These two settings make the process keep it, see mallopt(3).
+    # On Linux, glibc returns freed memory to the system, and getting it back for the next training
+    # step takes time. These two settings make the process keep it, see mallopt(3).
     with contextlib.suppress(OSError, AttributeError):  # on a system without glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, not from the system
@@ -299,8 +299,8 @@ class Data:
 
 def load_data(args):
     """Return the Data that the options select, on the device. Raises UserError if that fails."""
-    # With a separate generator, other random operations change neither the synthetic digits nor
-    # the order of the training images.
+    # With a separate generator, the synthetic digits and the order of the training images depend
+    # only on the seed, not on the network.
     generator = torch.Generator().manual_seed(args.seed)
     if args.dataset == "synthetic":
         train = draw_digits(60_000, generator)
@@ -368,7 +368,7 @@ def evaluate(model, loader):
     outputs = [(model(images.to(device)), labels.to(device)) for images, labels in loader]
     model.train(training)
     logits, labels = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-    labels = labels.long()  # uint8 would overflow in the multiplication
+    labels = labels.long()  # with uint8 labels, the multiplication would overflow
     size = logits.shape[1]
     pairs = labels * size + logits.argmax(dim=1)
     confusion = torch.bincount(pairs, minlength=size**2).view(size, size)
@@ -506,8 +506,8 @@ def find_ink(grey):
 
     Raises ValueError if there is hardly any contrast.
     """
-    # Most pixels are paper. If their level, the median, is nearer to the darkest pixel than to the
-    # lightest one, the ink is light: invert.
+    # Most pixels are paper, so the median is the level of the paper. If it is nearer to the darkest
+    # pixel than to the lightest one, the ink is light: invert.
     if grey.median() - grey.min() < grey.max() - grey.median():
         grey = 255 - grey
     # Estimate the paper by the lightest pixel in each cell of a grid. With larger cells, a shadow
@@ -515,9 +515,9 @@ def find_ink(grey):
     paper = F.adaptive_max_pool2d(grey[None], 10)  # (1, 10, 10)
     paper = F.avg_pool2d(paper, 3, stride=1, padding=1, count_include_pad=False)  # smooth
     ink = F.interpolate(paper[None], grey.shape, mode="bilinear")[0, 0] - grey
-    # Paper is slightly darker than its lightest pixel. Subtracting the median makes it about 0.
+    # Paper is slightly darker than its lightest pixel. Subtracting the median makes paper about 0.
     ink = (ink - ink.median()).clamp(min=0)
-    # On a scale of 0 to 255; in each of 538 pictures that people made, the maximum is at least 99.
+    # 30 of 255 is safe: in each of 538 pictures that people made, the darkest ink has at least 99.
     if ink.max() < 30:
         raise ValueError("no strokes found")
     return ink / ink.max()
@@ -528,8 +528,8 @@ def main_components(ink):
 
     ink: (H, W) in [0, 1], H and W multiples of 4; returns the same shape. A component is kept if
     it has more than 0.3 times the ink of the largest one, so the second stroke of a 4 is kept. If
-    it touches the border, its ink counts only 1/100 in this comparison, because the edge of a
-    table can have much more ink than a digit.
+    it touches the border, its ink counts only 1/100 in this comparison, because the dark edge of a
+    desk in a photo can count as much more ink than the digit.
     """
     # Mark the cells of 4x4 pixels that contain ink. This closes small gaps, and ignores noise.
     drawn = F.max_pool2d(ink[None], 4)[0] > 0.3  # (H / 4, W / 4)
@@ -565,8 +565,9 @@ def mnist_form(grey):
     ink = main_components(find_ink(resize(grey[None], [height, width])[0]))
     rows, columns = (ink > 0.25).nonzero(as_tuple=True)  # without the blurred edge of the strokes
     longer = 1 + max(rows.max() - rows.min(), columns.max() - columns.min()).item()
-    # MNIST scales digits to 20 pixels, with thick strokes. Most people's strokes are thinner. With
-    # 19 pixels, the centre lines of thin strokes lie in the same place as those of thick ones.
+    # MNIST scales digits to 20 pixels, and its strokes are thick: they extend beyond their centre
+    # lines. Most people's strokes are thinner. With 19 pixels, their centre lines are where MNIST's
+    # are.
     side = round(longer * 28 / 19)
     # The middle of pixel i is at i + 0.5.
     mass = ink / ink.sum()

@@ -28,7 +28,7 @@ class RNN(nn.Module):
     def forward(self, x):
         if x.dim() == 4:
             x = x.squeeze(1)  # (N, 28, 28), without the channel of an image
-        out, _ = self.lstm(x)  # (N, 28, hidden_size)
+        out, _ = self.lstm(x)  # (N, T, hidden_size)
         return self.fc(out[:, -1])  # (N, 10), from the last time step, which has seen all rows
 
 
@@ -36,8 +36,8 @@ def main(argv=None, model=None, data=None):
     """Train a network with the options in `argv`; return it and its last evaluation.
 
     argv: a list, or a string that is split at spaces; by default, the command line.
-    model: a network, which is trained in place; or a class or function that returns a new network,
-    and is called after the seed is set. By default, it is the RNN above; with another network,
+    model: a network, which is trained in place; or a class or function, which is called after the
+    seed is set, and returns a new network. By default, it is the RNN above; with another network,
     --hidden and --layers have no effect.
     data: a common.Data; by default, the dataset that the options select. If it is given, --dataset,
     --data-dir, --batch-size, --limit and --validate have no effect.
@@ -45,7 +45,7 @@ def main(argv=None, model=None, data=None):
     """
     # options
     parser = common.make_parser(__doc__)
-    add = parser.add_argument_group("network (for --load, the same as for --save)").add_argument
+    add = parser.add_argument_group("network (--load needs the values used to save)").add_argument
     number = {"type": common.positive_int, "metavar": "N"}
     add("--hidden", **number, default=128, help="hidden size (default: %(default)s)")
     add("--layers", **number, default=2, help="number of LSTM layers (default: %(default)s)")
