@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 from pytest import approx, raises
 from torch import nn
@@ -31,6 +32,9 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 import cnn_mnist
 import common
 import rnn_mnist
+from cnn_mnist import CNN
+from common import UserError
+from rnn_mnist import RNN
 
 RAW = Path("data/MNIST/raw")
 parametrize = pytest.mark.parametrize
@@ -183,14 +187,14 @@ def test_bug_softmax_before_cross_entropy_loss(script, train):
 
 def test_bug_classifier_input_size():
     """The tutorial's layers fit together if the convolutions keep the size of the image."""
-    cnn, images = cnn_mnist.CNN(), torch.rand(3, 1, 28, 28)
-    x = nn.functional.max_pool2d(cnn.conv1(images).relu(), 2)
-    x = nn.functional.max_pool2d(cnn.conv2(x).relu(), 2)
+    cnn, images = CNN(), torch.rand(3, 1, 28, 28)
+    x = F.max_pool2d(cnn.conv1(images).relu(), 2)
+    x = F.max_pool2d(cnn.conv2(x).relu(), 2)
     assert x.shape == (3, 32, 7, 7)
     assert torch.equal(cnn(images), cnn.fc(x.flatten(1)))
 
 
-@parametrize("network", [cnn_mnist.CNN, rnn_mnist.RNN])
+@parametrize("network", [CNN, RNN])
 def test_bug_batch_taken_for_time(network, device):
     """If the batch is treated as time, the output for an image depends on the images before it."""
     model, images = network().to(device), torch.rand(5, 1, 28, 28, device=device)
@@ -200,7 +204,7 @@ def test_bug_batch_taken_for_time(network, device):
 
 def test_bug_last_batch_row_taken_for_last_time_step():
     """The output comes from the last layer's state after the last row of the image."""
-    model, images = rnn_mnist.RNN(), torch.rand(3, 1, 28, 28)
+    model, images = RNN(), torch.rand(3, 1, 28, 28)
     _, (hidden, _) = model.lstm(images.squeeze(1))  # (2, 3, 128)
     assert torch.allclose(model(images), model.fc(hidden[-1]), atol=1e-6)
 
@@ -225,7 +229,7 @@ def test_bug_test_set_never_evaluated(script, train):
     run = train(script, "--epochs 2 --lr 0.003")
     images, labels = read_mnist()
     logits = run.model.eval()(images)
-    loss = nn.functional.cross_entropy(logits, labels).item()
+    loss = F.cross_entropy(logits, labels).item()
     accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
     assert figures(run.output, "Test loss")[-1] == approx(loss, abs=1e-4)
     assert figures(run.output, "Test accuracy")[-1] == approx(100 * accuracy, abs=0.01)
@@ -256,7 +260,7 @@ def test_defaults_train_as_the_tutorial_does(script, train):
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
     loader, losses = load_data("").train_loader, []
     for images, labels in itertools.chain(loader, loader):
-        loss = nn.functional.cross_entropy(model(images), labels)
+        loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -296,7 +300,7 @@ def test_one_cycle_peaks_after_30_percent_of_the_steps(script, option, peak, tra
 
 
 def test_augment_moves_each_training_image_and_no_test_image(script, train, monkeypatch):
-    calls = spy(monkeypatch, nn.functional, "affine_grid")
+    calls = spy(monkeypatch, F, "affine_grid")
     train(script, "--augment --epochs 4")
     theta = torch.cat([theta for theta, _ in calls])
     assert len(theta.unique(dim=0)) == 4 * 250
@@ -307,16 +311,17 @@ def test_augment_moves_each_training_image_and_no_test_image(script, train, monk
 
 def test_random_affine_works_in_pixels(device, monkeypatch):
     """It rotates, scales and shifts by up to 10 degrees, 10% and 2 pixels, and does not shear."""
-    calls = spy(monkeypatch, nn.functional, "affine_grid")
+    calls = spy(monkeypatch, F, "affine_grid")
     moved = common.random_affine(torch.ones(5000, 1, 20, 60, device=device))
     theta = calls[0][0].cpu()  # with x in units of 30 pixels, and y in units of 10
-    cos, sin = theta[:, 0, 0], theta[:, 1, 0] * 10 / 30
-    assert torch.allclose(theta[:, 0, 1] * 30 / 10, -sin)
-    assert torch.allclose(theta[:, 1, 1], cos)
+    (cos, minus_sin, dx), (sin, same_cos, dy) = theta.permute(1, 2, 0)
+    sin = sin * 10 / 30
+    assert torch.allclose(minus_sin * 30 / 10, -sin)
+    assert torch.allclose(same_cos, cos)
     assert torch.atan2(sin, cos).rad2deg().aminmax() == approx((-10, 10), abs=0.1)
     assert torch.hypot(sin, cos).reciprocal().aminmax() == approx((0.9, 1.1), abs=0.001)
-    assert (theta[:, 0, 2] * 30).aminmax() == approx((-2, 2), abs=0.01)
-    assert (theta[:, 1, 2] * 10).aminmax() == approx((-2, 2), abs=0.01)
+    assert (dx * 30).aminmax() == approx((-2, 2), abs=0.01)
+    assert (dy * 10).aminmax() == approx((-2, 2), abs=0.01)
     assert moved.amin(dim=(1, 2, 3)).median() == 0  # outside the original image
 
 
@@ -367,7 +372,7 @@ def test_no_training_images_left_is_an_error_before_training(count, fail):
 
 def test_own_data_without_training_samples_is_an_error():
     nothing = common.Loader(torch.zeros(0, 4), torch.zeros(0).long())
-    with raises(common.UserError, match=NO_SAMPLES):
+    with raises(UserError, match=NO_SAMPLES):
         common.Data(nothing, nothing, ["a", "b", "c"])
 
 
@@ -423,7 +428,7 @@ def test_main_makes_a_gpu_repeat_itself(script, train, monkeypatch):
 
 
 def no_data(args):
-    raise common.UserError(f"no data for {args.epochs} epochs")
+    raise UserError(f"no data for {args.epochs} epochs")
 
 
 @parametrize("launcher", ["ipykernel_launcher.py", "colab_kernel_launcher.py"])
@@ -431,7 +436,7 @@ def test_a_notebook_shows_an_error_as_one_line_and_goes_on(script, launcher, mon
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # like a notebook's, no TextIOWrapper
     monkeypatch.setattr(sys, "argv", [f"/usr/lib/{launcher}", "-f", "kernel.json"])
     monkeypatch.setattr(common, "load_data", no_data)
-    with raises(common.UserError) as raised:
+    with raises(UserError) as raised:
         common.run(script.main)
     assert raised.value._render_traceback_() == ["error: no data for 10 epochs"]
 
@@ -439,7 +444,7 @@ def test_a_notebook_shows_an_error_as_one_line_and_goes_on(script, launcher, mon
 @parametrize("options", [["--epochs", 3], "--epochs 3", " --epochs\n3"])
 def test_options_are_a_list_or_a_string(script, options, monkeypatch):
     monkeypatch.setattr(common, "load_data", no_data)
-    with raises(common.UserError, match="no data for 3 epochs"):
+    with raises(UserError, match="no data for 3 epochs"):
         script.main(options)
 
 
@@ -567,34 +572,34 @@ def test_a_class_is_called_after_the_seed_is_set(script, train):
 
 
 def test_the_network_of_a_script_is_the_same_in_any_form(script, train):
-    network = cnn_mnist.CNN if script is cnn_mnist else rnn_mnist.RNN
+    network = CNN if script is cnn_mnist else RNN
     torch.manual_seed(0)
     forms = [None, network, network()]
     default, *others = (train(script, "--epochs 1", form).model for form in forms)
     assert all(same_weights(model, default) for model in others)
 
 
-@parametrize("form", [None, cnn_mnist.CNN, cnn_mnist.CNN()], ids=["none", "class", "network"])
+@parametrize("form", [None, CNN, CNN()], ids=["none", "class", "network"])
 def test_the_cnn_is_channels_last_on_a_cpu(form, train):
     weight = train(cnn_mnist, "--epochs 0", form).model.conv2.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
-@parametrize("model", [None, rnn_mnist.RNN])
+@parametrize("model", [None, RNN])
 def test_hidden_and_layers_shape_the_lstm(model, train):
     lstm = train(rnn_mnist, "--epochs 0 --hidden 8 --layers 3", model).model.lstm
     assert (lstm.hidden_size, lstm.num_layers) == (8, 3)
 
 
 def test_an_lstm_reads_sequences_of_one_step():
-    model, sequences = rnn_mnist.RNN(), torch.rand(5, 1, 28)
+    model, sequences = RNN(), torch.rand(5, 1, 28)
     out, _ = model.lstm(sequences)
     assert torch.equal(model(sequences), model.fc(out[:, -1]))
 
 
 def test_an_lstm_refuses_colour_pictures():
     with raises((RuntimeError, ValueError)):
-        rnn_mnist.RNN()(torch.rand(5, 3, 28, 28))
+        RNN()(torch.rand(5, 3, 28, 28))
 
 
 @parametrize("shape", [(3, 32, 32), (12, 5)])  # colour images, and sequences
@@ -620,7 +625,7 @@ def test_classes_without_a_name_are_numbered(classes, outputs, names, train):
 def test_errors_of_shuffled_images_are_not_drawn(train):
     data = own_data([1, 4, 4], ["a", "b", "c"])
     data.eval_loader = DataLoader(data.eval_loader.dataset, shuffle=True)
-    with raises(common.UserError, match="eval_loader must not shuffle"):
+    with raises(UserError, match="eval_loader must not shuffle"):
         train(cnn_mnist, "--epochs 1 --errors e.png", flat(16), data)
     assert not Path("e.png").exists()
 
@@ -827,7 +832,7 @@ def test_errors_in_colour(mean, std):
 # ---- files ----
 
 
-CNN_WEIGHTS = cnn_mnist.CNN().state_dict()
+CNN_WEIGHTS = CNN().state_dict()
 
 
 def test_saved_weights_are_loaded(script, device, train, file):
@@ -844,7 +849,7 @@ def test_saved_weights_are_a_plain_state_dict_on_the_cpu(device, train, file):
     trained = train(cnn_mnist, f"--device {device} --epochs 1 --save {file}").model
     weights = torch.load(file)
     assert {tensor.device.type for tensor in weights.values()} == {"cpu"}
-    plain = cnn_mnist.CNN()
+    plain = CNN()
     plain.load_state_dict(weights)
     assert same_weights(plain, trained.cpu())
 
@@ -876,8 +881,8 @@ OTHER_WEIGHTS = {
     "list": [],
     "checkpoint": {"weights": CNN_WEIGHTS},
     "classes": {**CNN_WEIGHTS, "fc.bias": torch.zeros(11)},
-    "hidden": rnn_mnist.RNN(16).state_dict(),
-    "layers": rnn_mnist.RNN(128, 3).state_dict(),
+    "hidden": RNN(16).state_dict(),
+    "layers": RNN(128, 3).state_dict(),
 }
 
 
