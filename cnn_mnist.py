@@ -30,7 +30,7 @@ class CNN(nn.Module):
         # ReLU and max pooling can be swapped. Pooling first leaves fewer values for ReLU.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))  # (N, 16, 14, 14)
         x = F.relu(F.max_pool2d(self.conv2(x), 2))  # (N, 32, 7, 7)
-        # x.view(len(x), -1) would fail: on a CPU, main converts this network to channels-last.
+        # Not x.view(len(x), -1): it fails in the channels-last format, which main uses on a CPU.
         return self.fc(x.flatten(start_dim=1))  # (N, 10)
 
 
@@ -80,7 +80,7 @@ def main(argv=None, model=None, data=None):
         for step, (images, labels) in enumerate(data.train_loader, start=1):
             images, labels = images.to(args.device), labels.to(args.device)
             if args.augment:
-                images = common.random_affine(images, shift=1)  # a shift of 2 is not better
+                images = common.random_affine(images, shift=1)  # 2, the default, is not better
             logits = model(images)
             loss = criterion(logits, labels)
             optimizer.zero_grad()

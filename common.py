@@ -45,7 +45,7 @@ def set_up(seed):
     # step takes time. These two settings make the process keep it, see mallopt(3).
     with contextlib.suppress(OSError, AttributeError):  # on a system without glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, not from the system
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
     if hasattr(sys.stdout, "reconfigure"):
         # Show progress immediately, also in a pipe; print "?" for a letter that cannot be encoded.
@@ -194,7 +194,8 @@ def replacing(file):
     If nothing fails, the file that was written there replaces `file`.
     """
     target = os.path.realpath(file)
-    # In the same folder, replace() is atomic: the old file stays until the new one is complete.
+    # The temporary file is in the same folder, so that replace() is atomic: the old file stays
+    # until the new one is complete.
     temporary = Path(f"{target}.part")
     with writing(file):
         try:
@@ -214,7 +215,7 @@ def load_weights(model, file):
     except Exception as error:  # for an invalid file, torch may raise almost any exception
         raise UserError(
             f"cannot load {file} ({reason(error)}); use a file that --save wrote "
-            f"for the same {type(model).__name__}, with layers of the same size"
+            f"for the network {type(model).__name__}, with layers of the same size"
         ) from error
 
 
@@ -233,8 +234,9 @@ def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
     zoom = 1 + zoom * scale
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     # affine_grid computes, for each output pixel, the input position that it is copied from. In
-    # its coordinates, an image extends from -1 to 1 along both axes. If the image is not square, a
-    # unit of x is not as long as a unit of y, so the sines, which mix x and y, need a factor.
+    # affine_grid's coordinates, an image extends from -1 to 1 along both axes. If the image is not
+    # square, a unit of x is not as long as a unit of y, so the sines, which mix x and y, need a
+    # factor.
     dx, dy = dx * shift * 2 / width, dy * shift * 2 / height
     theta = torch.stack([cos, -sin * (height / width), dx, sin * (width / height), cos, dy], dim=1)
     grid = F.affine_grid(theta.view(-1, 2, 3), images.shape, align_corners=False)  # (N, H, W, 2)
@@ -299,8 +301,8 @@ class Data:
 
 def load_data(args):
     """Return the Data that the options select, on the device. Raises UserError if that fails."""
-    # With a separate generator, the synthetic digits and the order of the training images depend
-    # only on the seed, not on the network.
+    # A separate generator: creating a network also draws random numbers, which must not change the
+    # synthetic digits or the order of the training images.
     generator = torch.Generator().manual_seed(args.seed)
     if args.dataset == "synthetic":
         train = draw_digits(60_000, generator)
@@ -435,8 +437,8 @@ def end_epoch(args, epoch, model, data, losses, start):
         )
     print(f"Epoch [{epoch}/{args.epochs}], {score_line(data, evaluation)}, Time: {seconds:.2f} s")
     if args.save:
-        # On the CPU, so that a machine without a GPU can load them, too. Given a path, torch.save
-        # would not report a full disk; given an open file, it does.
+        # Save CPU tensors, so that a plain torch.load works on a machine without a GPU, too. Given
+        # a path, torch.save would not report a full disk; given an open file, it does.
         weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
         with replacing(args.save) as temporary, temporary.open("wb") as file:
             torch.save(weights, file)
@@ -517,7 +519,7 @@ def find_ink(grey):
     ink = F.interpolate(paper[None], grey.shape, mode="bilinear")[0, 0] - grey
     # Paper is slightly darker than its lightest pixel. Subtracting the median makes paper about 0.
     ink = (ink - ink.median()).clamp(min=0)
-    # 30 of 255 is safe: in each of 538 pictures that people made, the darkest ink has at least 99.
+    # 30 of 255 is safe: for 538 pictures of handwritten digits, ink.max() was never below 99.
     if ink.max() < 30:
         raise ValueError("no strokes found")
     return ink / ink.max()
@@ -527,9 +529,9 @@ def main_components(ink):
     """Keep the connected components with the most ink; set all other ink to 0.
 
     ink: (H, W) in [0, 1], H and W multiples of 4; returns the same shape. A component is kept if
-    it has more than 0.3 times the ink of the largest one, so the second stroke of a 4 is kept. If
-    it touches the border, its ink counts only 1/100 in this comparison, because the dark edge of a
-    desk in a photo can count as much more ink than the digit.
+    it has more than 0.3 times the ink of the one with the most, so the second stroke of a 4 is
+    kept. If a component touches the border, its ink counts only 1/100 in this comparison, because
+    in a photo, the dark edge of a desk can have far more ink than the digit.
     """
     # Mark the cells of 4x4 pixels that contain ink. This closes small gaps, and ignores noise.
     drawn = F.max_pool2d(ink[None], 4)[0] > 0.3  # (H / 4, W / 4)
@@ -565,9 +567,8 @@ def mnist_form(grey):
     ink = main_components(find_ink(resize(grey[None], [height, width])[0]))
     rows, columns = (ink > 0.25).nonzero(as_tuple=True)  # without the blurred edge of the strokes
     longer = 1 + max(rows.max() - rows.min(), columns.max() - columns.min()).item()
-    # MNIST scales digits to 20 pixels, and its strokes are thick: they extend beyond their centre
-    # lines. Most people's strokes are thinner. With 19 pixels, their centre lines are where MNIST's
-    # are.
+    # MNIST scales digits to 20 pixels, including the width of its thick strokes. Most people's
+    # strokes are thinner, so 19 pixels put the centre lines where they are in MNIST.
     side = round(longer * 28 / 19)
     # The middle of pixel i is at i + 0.5.
     mass = ink / ink.sum()

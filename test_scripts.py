@@ -894,7 +894,7 @@ def test_other_weights_are_refused(script, content, fail, file):
     else:
         torch.save(weights, file)
     name = "CNN" if script is cnn_mnist else "RNN"
-    advice = f"use a file that --save wrote for the same {name}, with layers of the same size"
+    advice = f"use a file that --save wrote for the network {name}, with layers of the same size"
     failure = fail(script, f"--load {file}")
     assert_one_line(failure, f"error: cannot load {file} (", f"); {advice}")
 
