@@ -39,7 +39,7 @@ def set_up(seed):
     # With these settings, a GPU computes the same weights for the same seed, see
     # https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     torch.backends.cudnn.deterministic = True
-    torch.backends.mkldnn.deterministic = True  # Intel GPUs
+    torch.backends.mkldnn.deterministic = True  # for Intel GPUs, which use oneDNN
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
     # On Linux, glibc returns freed memory to the system, and getting it back for the next training
     # step takes time. These two settings make the process keep it, see mallopt(3).
@@ -271,8 +271,8 @@ def read_dataset(name, data_dir):
         folder = Path(data_dir, dataset.__name__, "raw")
         raise UserError(
             f"cannot read or download {folder}: {reason(error)}; check --data-dir; after an "
-            "interrupted download, move that folder away; without internet access, "
-            "use --dataset synthetic"
+            "interrupted download, move that folder away to download again; "
+            "without internet access, use --dataset synthetic"
         ) from error
     return [(split.data, split.targets) for split in splits]
 
@@ -517,7 +517,7 @@ def find_ink(grey):
     paper = F.adaptive_max_pool2d(grey[None], 10)  # (1, 10, 10)
     paper = F.avg_pool2d(paper, 3, stride=1, padding=1, count_include_pad=False)  # smooth
     ink = F.interpolate(paper[None], grey.shape, mode="bilinear")[0, 0] - grey
-    # Paper is slightly darker than its lightest pixel. Subtracting the median makes paper about 0.
+    # Most paper is slightly darker than the estimate. Subtracting the median sets it to about 0.
     ink = (ink - ink.median()).clamp(min=0)
     # 30 of 255 is safe: for 538 pictures of handwritten digits, ink.max() was never below 99.
     if ink.max() < 30:
@@ -529,9 +529,9 @@ def main_components(ink):
     """Keep the connected components with the most ink; set all other ink to 0.
 
     ink: (H, W) in [0, 1], H and W multiples of 4; returns the same shape. A component is kept if
-    it has more than 0.3 times the ink of the one with the most, so the second stroke of a 4 is
-    kept. If a component touches the border, its ink counts only 1/100 in this comparison, because
-    in a photo, the dark edge of a desk can have far more ink than the digit.
+    it has more than 0.3 times as much ink as the component with the most ink, so the second stroke
+    of a 4 is kept. If a component touches the border, its ink counts only 1/100 in this comparison,
+    because in a photo, the dark edge of a desk can have far more ink than the digit.
     """
     # Mark the cells of 4x4 pixels that contain ink. This closes small gaps, and ignores noise.
     drawn = F.max_pool2d(ink[None], 4)[0] > 0.3  # (H / 4, W / 4)
@@ -547,7 +547,7 @@ def main_components(ink):
     total = torch.bincount(component.flatten(), cell_ink.flatten())  # the ink of each component
     edges = [component[0], component[-1], component[:, 0], component[:, -1]]
     total[torch.cat(edges).unique()] /= 100
-    # 1 in each cell of the components that are kept, and in the cells around them; otherwise 0
+    # For each cell: 1 if its component is kept, otherwise 0; then 1 in the cells around it, too.
     kept = (total > 0.3 * total.max())[component].float()
     kept = F.max_pool2d(kept[None, None], 3, stride=1, padding=1)
     return ink * F.interpolate(kept, scale_factor=4)[0, 0]
@@ -567,8 +567,8 @@ def mnist_form(grey):
     ink = main_components(find_ink(resize(grey[None], [height, width])[0]))
     rows, columns = (ink > 0.25).nonzero(as_tuple=True)  # without the blurred edge of the strokes
     longer = 1 + max(rows.max() - rows.min(), columns.max() - columns.min()).item()
-    # MNIST scales digits to 20 pixels, including the width of its thick strokes. Most people's
-    # strokes are thinner, so 19 pixels put the centre lines where they are in MNIST.
+    # MNIST scales digits to 20 pixels, measured at the outer edges of its thick strokes. Most
+    # people's strokes are thinner. With 19 pixels, the middle of a stroke is where MNIST has it.
     side = round(longer * 28 / 19)
     # The middle of pixel i is at i + 0.5.
     mass = ink / ink.sum()

@@ -45,7 +45,7 @@ def main(argv=None, model=None, data=None):
     """
     # options
     parser = common.make_parser(__doc__)
-    add = parser.add_argument_group("network (the same for --save and --load)").add_argument
+    add = parser.add_argument_group("network (--load: use the saved network's values)").add_argument
     number = {"type": common.positive_int, "metavar": "N"}
     add("--hidden", **number, default=128, help="hidden size (default: %(default)s)")
     add("--layers", **number, default=2, help="number of LSTM layers (default: %(default)s)")
