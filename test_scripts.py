@@ -120,6 +120,9 @@ def fail(small_mnist, capsys):
     return fail
 
 
+each_file_option = parametrize("option", ["--save", "--log", "--errors"])
+
+
 @pytest.fixture
 def file(empty_folder):
     """A file of a former run, under a name that fits each option."""
@@ -351,15 +354,14 @@ def test_each_epoch_has_a_new_order_that_only_the_seed_decides(small_mnist):
     assert sorted(epochs[0]) == sorted(first.dataset.tensors[1].tolist())
 
 
-@parametrize(("option", "count"), [("--limit 7", 7), ("--validate 249", 1)])
-def test_limit_and_validate_choose_images(option, count, small_mnist):
-    data = load_data(f"--limit 100 {option}")
-    train = read_mnist(train=True)
-    test = [tensor[1:] for tensor in train] if "validate" in option else read_mnist()
-    for loader, split, end in ((data.train_loader, train, count), (data.eval_loader, test, None)):
-        images, labels = loader.dataset.tensors
-        assert torch.equal(images, split[0][:end])
-        assert torch.equal(labels, split[1][:end])
+@parametrize(("limit", "count"), [(7, 7), (100, 10)])
+def test_limit_takes_the_first_images_and_validate_the_last_ones(limit, count, small_mnist):
+    images, labels = read_mnist(train=True)
+    data = load_data(f"--limit {limit} --validate 240")
+    for loader, part in ((data.train_loader, slice(count)), (data.eval_loader, slice(10, 250))):
+        found = loader.dataset.tensors
+        assert torch.equal(found[0], images[part])
+        assert torch.equal(found[1], labels[part])
 
 
 NO_SAMPLES = "no training samples; use a smaller --validate, or more data"
@@ -431,10 +433,9 @@ def no_data(args):
     raise UserError(f"no data for {args.epochs} epochs")
 
 
-@parametrize("launcher", ["ipykernel_launcher.py", "colab_kernel_launcher.py"])
-def test_a_notebook_shows_an_error_as_one_line_and_goes_on(script, launcher, monkeypatch):
+def test_a_notebook_shows_an_error_as_one_line_and_goes_on(script, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # like a notebook's, no TextIOWrapper
-    monkeypatch.setattr(sys, "argv", [f"/usr/lib/{launcher}", "-f", "kernel.json"])
+    monkeypatch.setattr(sys, "argv", ["/usr/lib/colab_kernel_launcher.py", "-f", "kernel.json"])
     monkeypatch.setattr(common, "load_data", no_data)
     with raises(UserError) as raised:
         common.run(script.main)
@@ -924,7 +925,7 @@ def test_an_interrupt_while_saving_keeps_the_file(fail, file, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs symbolic links")
-@parametrize("option", ["--save", "--log", "--errors"])
+@each_file_option
 def test_through_a_link_the_target_is_written(option, train, file):
     link = file.with_name("link.png")
     link.symlink_to(file)
@@ -938,7 +939,7 @@ if os.name == "posix":
     BAD_PLACES.append("pipe.png")
 
 
-@parametrize("option", ["--save", "--log", "--errors"])
+@each_file_option
 @parametrize("place", BAD_PLACES)
 def test_a_bad_place_is_an_error_before_training(option, place, fail):
     os.mkdir("folder.png")
@@ -949,7 +950,7 @@ def test_a_bad_place_is_an_error_before_training(option, place, fail):
     assert fail(cnn_mnist, f"{option} {place}") == (1, says, "")
 
 
-@parametrize("option", ["--save", "--log", "--errors"])
+@each_file_option
 @parametrize("protected", ["results.png", "."])
 def test_a_protected_place_is_an_error_before_training(option, protected, fail, file, monkeypatch):
     # The superuser may write everywhere, so a real protection has no effect in a container.
