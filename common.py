@@ -517,7 +517,7 @@ def find_ink(grey):
     paper = F.adaptive_max_pool2d(grey[None], 10)  # (1, 10, 10)
     paper = F.avg_pool2d(paper, 3, stride=1, padding=1, count_include_pad=False)  # smooth
     ink = F.interpolate(paper[None], grey.shape, mode="bilinear")[0, 0] - grey
-    # Most paper is slightly darker than the estimate. Subtracting the median sets it to about 0.
+    # Most of the paper is slightly darker than the estimate. Subtract the median: paper becomes 0.
     ink = (ink - ink.median()).clamp(min=0)
     # 30 of 255 is safe: for 538 pictures of handwritten digits, ink.max() was never below 99.
     if ink.max() < 30:
@@ -586,9 +586,8 @@ def mnist_form(grey):
 
 def read_picture(file):
     """Read a picture file; return the image of its digit in MNIST's format (1, 28, 28)."""
-    image = Image.open(file)
-    image.draft("L", (512, 512))  # decode a large JPEG file at a lower resolution
-    return mnist_form(grey_levels(ImageOps.exif_transpose(image)))
+    image = ImageOps.exif_transpose(Image.open(file))  # upright, as its camera says
+    return mnist_form(grey_levels(image))
 
 
 @torch.no_grad()
