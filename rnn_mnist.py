@@ -1,7 +1,11 @@
-"""Train an LSTM on MNIST: an image is a sequence of 28 time steps (rows) of 28 pixels.
+"""Train an LSTM (long short-term memory) on MNIST: an image is 28 time steps of 28 pixels.
 
 python rnn_mnist.py --hidden 128
 python rnn_mnist.py --one-cycle --augment --save rnn.pt
+
+common.py has to lie beside this file (the package of that name on PyPI is another one). The
+training loop stands in cnn_mnist.py, too, so that each script can be read alone; they differ in the
+network, its options, and the shift of --augment.
 """
 
 import time
@@ -15,7 +19,8 @@ import common
 class RNN(nn.Module):
     """Map images (N, 1, 28, 28) in [0, 1], or sequences (N, T, 28), to logits (N, 10).
 
-    There is no softmax, because CrossEntropyLoss applies it.
+    The time steps are the rows of an image, from the top; T is their number. There is no softmax,
+    because CrossEntropyLoss applies it.
     """
 
     def __init__(self, hidden_size=128, num_layers=2):
@@ -32,31 +37,35 @@ class RNN(nn.Module):
         return self.fc(out[:, -1])  # (N, 10), from the last time step, which has seen all rows
 
 
-def main(argv=None, model=None, data=None):
+def main(argv=None, model=RNN, data=None):
     """Train a network with the options in `argv`; return it and its last evaluation.
 
     argv: a list, or a string that is split at spaces; by default, the command line.
     model: a network, which is trained in place; or a class or function, which is called after the
-    seed is set, and returns a new network. By default, it is the RNN above; with another network,
-    --hidden and --layers have no effect.
+    seed is set, and returns a new network. If it is not RNN, --hidden and --layers have no effect.
     data: a common.Data; by default, the dataset that the options select. If it is given, --dataset,
     --data-dir, --batch-size, --limit and --validate have no effect.
-    With --predict, nothing is trained, and the evaluation is None.
+    The network is returned in evaluation mode. With --predict, nothing is trained, and the
+    evaluation is None.
     """
     # options
     parser = common.make_parser(__doc__)
-    add = parser.add_argument_group("network (--load: use the saved network's values)").add_argument
-    number = {"type": common.positive_int, "metavar": "N"}
-    add("--hidden", **number, default=128, help="hidden size (default: %(default)s)")
-    add("--layers", **number, default=2, help="number of LSTM layers (default: %(default)s)")
+    hidden_help = "hidden size; for --load, that of the saved network (default: %(default)s)"
+    parser.add_argument(
+        "--hidden", type=common.positive_int, default=128, metavar="N", help=hidden_help
+    )
+    layers_help = "LSTM layers; for --load, those of the saved network (default: %(default)s)"
+    parser.add_argument(
+        "--layers", type=common.positive_int, default=2, metavar="N", help=layers_help
+    )
     args = common.parse_args(parser, argv)
     common.set_up(args.seed)
 
     # model
-    if model in (None, RNN):
+    if model is RNN:
         model = RNN(args.hidden, args.layers)
     elif not isinstance(model, nn.Module):
-        model = model()
+        model = model()  # a class or a function: create the network
     model.to(args.device)
     if args.load:
         common.load_weights(model, args.load)
@@ -71,9 +80,10 @@ def main(argv=None, model=None, data=None):
 
     # train
     criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # fused: faster
+    # fused: faster; Adam, AdamW and SGD have it.
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     if args.one_cycle:
-        total_steps = max(1, args.epochs * steps)
+        total_steps = max(1, args.epochs * steps)  # with 0 epochs, OneCycleLR would fail
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps)
     for epoch in range(1, args.epochs + 1):
         start = time.perf_counter()
@@ -90,15 +100,25 @@ def main(argv=None, model=None, data=None):
             optimizer.step()
             if args.one_cycle:
                 scheduler.step()
-            losses.append(loss.detach())
+            losses.append(loss.detach())  # not loss.item(), which would wait for the GPU
             if step % 100 == 0 or step == steps:
                 print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
-        evaluation = common.end_epoch(args, epoch, model, data, losses, start)
+        train_loss = torch.stack(losses).mean().item()
+        seconds = time.perf_counter() - start  # after item(), which waits for the GPU
+        evaluation = common.evaluate(model, data.eval_loader)
+        common.check_finite(train_loss, evaluation.loss)
+        scores = common.format_scores(data, evaluation)
+        print(f"Epoch [{epoch}/{args.epochs}], {scores}, Time: {seconds:.2f} s")
+        if args.save:
+            common.save_weights(model, args.save)
+        if args.log:
+            common.write_log(args.log, epoch, data, train_loss, evaluation, seconds)
 
     # report
     if args.epochs < 1:
         evaluation = common.evaluate(model, data.eval_loader)
     common.report(args, data, evaluation)
+    model.eval()
     return model, evaluation
 
 

@@ -98,8 +98,8 @@ Failure = namedtuple("Failure", "status message output")
 def train(small_mnist, capsys):
     """A function that calls a script's main(); the last one of repeated options counts."""
 
-    def train(script, options="", model=None, data=None):
-        found = script.main(f"--device cpu {options}", model, data)
+    def train(script, options="", *network_and_data):
+        found = script.main(f"--device cpu {options}", *network_and_data)
         return Run(*found, capsys.readouterr().out)
 
     return train
@@ -194,7 +194,7 @@ def test_bug_classifier_input_size():
     x = F.max_pool2d(cnn.conv1(images).relu(), 2)
     x = F.max_pool2d(cnn.conv2(x).relu(), 2)
     assert x.shape == (3, 32, 7, 7)
-    assert torch.equal(cnn(images), cnn.fc(x.flatten(1)))
+    assert torch.allclose(cnn(images), cnn.fc(x.flatten(1)), atol=1e-5)
 
 
 @parametrize("network", [CNN, RNN])
@@ -351,7 +351,7 @@ def test_each_epoch_has_a_new_order_that_only_the_seed_decides(small_mnist):
     assert [order(same), order(same)] == epochs
     assert epochs[0] != epochs[1]
     assert epochs[0] != order(other)
-    assert sorted(epochs[0]) == sorted(first.dataset.tensors[1].tolist())
+    assert sorted(epochs[0]) == sorted(first.labels.tolist())
 
 
 @parametrize(("limit", "count"), [(7, 7), (100, 10)])
@@ -359,9 +359,8 @@ def test_limit_takes_the_first_images_and_validate_the_last_ones(limit, count, s
     images, labels = read_mnist(train=True)
     data = load_data(f"--limit {limit} --validate 240")
     for loader, part in ((data.train_loader, slice(count)), (data.eval_loader, slice(10, 250))):
-        found = loader.dataset.tensors
-        assert torch.equal(found[0], images[part])
-        assert torch.equal(found[1], labels[part])
+        assert torch.equal(loader.images, images[part])
+        assert torch.equal(loader.labels, labels[part])
 
 
 NO_SAMPLES = "no training samples; use a smaller --validate, or more data"
@@ -380,8 +379,8 @@ def test_own_data_without_training_samples_is_an_error():
 
 def test_synthetic_digits_repeat_and_do_not_leak():
     first, same = (load_data("--dataset synthetic") for _ in range(2))
-    images, labels = first.train_loader.dataset.tensors
-    test, same_test = (data.eval_loader.dataset.tensors[0] for data in (first, same))
+    images, labels = first.train_loader.images, first.train_loader.labels
+    test, same_test = (data.eval_loader.images for data in (first, same))
     assert torch.equal(test, same_test)
     assert len(torch.cat([images, test]).flatten(1).unique(dim=0)) == 70_000
     assert (images.shape, images.min(), images.max()) == ((60_000, 1, 28, 28), 0, 1)
@@ -572,7 +571,7 @@ def test_each_epoch_trains_in_training_mode(script, train):
     mine.register_forward_hook(lambda *_: modes.append(mine.training))
     train(script, "--epochs 2", mine)
     assert modes == [True, True, True, False] * 2
-    assert mine.training
+    assert not mine.training  # ready to use
 
 
 def test_a_class_is_called_after_the_seed_is_set(script, train):
@@ -584,20 +583,24 @@ def test_a_class_is_called_after_the_seed_is_set(script, train):
 def test_the_network_of_a_script_is_the_same_in_any_form(script, train):
     network = CNN if script is cnn_mnist else RNN
     torch.manual_seed(0)
-    forms = [None, network, network()]
-    default, *others = (train(script, "--epochs 1", form).model for form in forms)
+    forms = [(), (network,), (network(),)]
+    default, *others = (train(script, "--epochs 1", *form).model for form in forms)
     assert all(same_weights(model, default) for model in others)
 
 
-@parametrize("form", [None, CNN, CNN()], ids=["none", "class", "network"])
-def test_the_cnn_is_channels_last_on_a_cpu(form, train):
-    weight = train(cnn_mnist, "--epochs 0", form).model.conv2.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
+def test_the_cnn_computes_with_the_channels_last_on_a_cpu():
+    model, layouts = CNN(), []
+    model.conv2.register_forward_hook(
+        lambda layer, inputs, output: layouts.append(
+            output.is_contiguous(memory_format=torch.channels_last)
+        )
+    )
+    model(torch.rand(3, 1, 28, 28))
+    assert layouts == [True]
 
 
-@parametrize("model", [None, RNN])
-def test_hidden_and_layers_shape_the_lstm(model, train):
-    lstm = train(rnn_mnist, "--epochs 0 --hidden 8 --layers 3", model).model.lstm
+def test_hidden_and_layers_shape_the_lstm(train):
+    lstm = train(rnn_mnist, "--epochs 0 --hidden 8 --layers 3").model.lstm
     assert (lstm.hidden_size, lstm.num_layers) == (8, 3)
 
 
@@ -787,7 +790,7 @@ def test_a_loss_that_is_not_finite_saves_nothing(script, loss, lr, fail, file, m
     monkeypatch.setattr(common, "evaluate", Evaluations((loss, 0.1)))
     failure = fail(script, f"--save {file} --log log.csv --lr {lr}")
     advice = "try a smaller --lr, or look for values in the data that are not finite"
-    says = f"error: the loss is not finite after epoch 1; {advice}"
+    says = f"error: the loss is not finite; {advice}"
     assert failure[:2] == (1, says)
     assert "accuracy" not in failure.output
     assert file.read_text() == "of a former run"
@@ -943,48 +946,23 @@ def test_through_a_link_the_target_is_written(option, train, file):
     assert b"of a former run" not in file.read_bytes()
 
 
-BAD_PLACES = ["folder.png", "missing/file.png"]
-if os.name == "posix":
-    BAD_PLACES.append("pipe.png")
-
-
 @each_file_option
-@parametrize("place", BAD_PLACES)
-def test_a_bad_place_is_an_error_before_training(option, place, fail):
+@parametrize(
+    ("place", "why"),
+    [
+        ("folder.png", "it is a folder"),
+        ("missing/file.png", "its folder does not exist or is write-protected"),
+    ],
+)
+def test_a_bad_place_is_an_error_before_training(option, place, why, fail):
     os.mkdir("folder.png")
-    if place == "pipe.png":
-        os.mkfifo(place)
-    why = "its folder does not exist" if "/" in place else "it is not a regular file"
     says = f"error: cannot write {place}: {why}; choose another path"
     assert fail(cnn_mnist, f"{option} {place}") == (1, says, "")
-
-
-@each_file_option
-@parametrize("protected", ["results.png", "."])
-def test_a_protected_place_is_an_error_before_training(option, protected, fail, file, monkeypatch):
-    # The superuser may write everywhere, so a real protection has no effect in a container.
-    place = Path(protected).resolve()
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).resolve() != place)
-    says = f"error: cannot write {file}: it or its folder is write-protected; choose another path"
-    assert fail(cnn_mnist, f"{option} {file}") == (1, says, "")
 
 
 def test_an_error_in_the_clean_up_is_one_line(fail):
     file = "x" * 252  # with `.part`, the name is too long
     assert_one_line(fail(cnn_mnist, f"--epochs 1 --save {file}"), f"error: cannot write {file}: ")
-
-
-def spoil(log):
-    log.write_bytes(b"\xff")
-
-
-@parametrize(("meddle", "left"), [(spoil, b"\xff2,"), (Path.unlink, b"epoch,.*\n2,")])
-def test_a_log_is_not_read_again(meddle, left, train, file, monkeypatch):
-    """A spreadsheet may write it in its own way during the training, or somebody may move it."""
-    evaluate = common.evaluate
-    monkeypatch.setattr(common, "evaluate", lambda *args: meddle(file) or evaluate(*args))
-    train(cnn_mnist, f"--epochs 2 --log {file}")
-    assert re.match(left, file.read_bytes())
 
 
 @parametrize("place", ["missing", "data/MNIST/raw/train-labels-idx1-ubyte", "x" * 300])
