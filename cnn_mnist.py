@@ -52,7 +52,7 @@ def main(argv=None, model=CNN, data=None):
     evaluation is None.
     """
     # options
-    args = common.parse_args(common.make_parser(__doc__), argv)
+    args = common.parse_args(common.make_parser(__doc__, peak=0.01), argv, data)
     common.set_up(args.seed)
 
     # model

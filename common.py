@@ -18,13 +18,14 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.data import RandomSampler, SubsetRandomSampler
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, resize, resized_crop, to_pil_image
 
 # ---- loaders and evaluation ----
-# A single file can copy this section. It needs four of the imports: math, SimpleNamespace, torch
-# and torch.nn.functional as F.
+# A single file can copy this section. It needs five of the imports: math, dataclass,
+# SimpleNamespace, torch, and torch.nn.functional as F.
 
 
 def as_floats(images, labels, device):
@@ -44,16 +45,18 @@ def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
     angle *= math.radians(degrees)
     zoom = 1 + zoom * scale
     dx, dy = dx * shift * 2 / width, dy * shift * 2 / height  # an image is 2 units wide and high
-    # affine_grid needs, for each output pixel, the input position that it is copied from. One step
-    # in the output is a step of `along` on the same axis of the input, and of `across` on the other
-    # axis, where a unit has another length if the image is not square.
+    # affine_grid needs, for each output pixel, the input position that it is copied from. One unit
+    # in the output is `along` units on the same axis of the input, and `across` on the other axis,
+    # where a unit has another length if the image is not square.
     along, across = angle.cos() / zoom, angle.sin() / zoom
-    x_from_y, y_from_x = -across * (height / width), across * (width / height)
-    theta = torch.stack([along, x_from_y, dx, y_from_x, along, dy], dim=1).view(-1, 2, 3)
+    x = [along, -across * (height / width), dx]
+    y = [across * (width / height), along, dy]
+    theta = torch.stack(x + y, dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, images.shape, align_corners=False)  # (N, H, W, 2)
     return F.grid_sample(images, grid, align_corners=False)  # (N, C, H, W)
 
 
+@dataclass
 class Loader:
     """Iterate over batches of images (N, ...) and labels (N,), which stay on their device.
 
@@ -61,11 +64,10 @@ class Loader:
     collects a batch sample by sample.
     """
 
-    def __init__(self, images, labels, batch_size=200, generator=None):
-        self.images = images
-        self.labels = labels
-        self.batch_size = batch_size
-        self.generator = generator
+    images: torch.Tensor
+    labels: torch.Tensor
+    batch_size: int = 100
+    generator: torch.Generator = None
 
     def __len__(self):
         return math.ceil(len(self.labels) / self.batch_size)
@@ -74,7 +76,7 @@ class Loader:
         count = len(self.labels)
         order = torch.arange(count)
         if self.generator:
-            order = torch.randperm(count, generator=self.generator)
+            order = torch.randperm(count, generator=self.generator, device="cpu")
         for indices in order.to(self.labels.device).split(self.batch_size):
             yield self.images[indices], self.labels[indices]
 
@@ -92,10 +94,10 @@ def evaluate(model, loader):
     model.eval()
     for images, labels in loader:
         all_logits.append(model(images.to(device)))
-        all_labels.append(labels.to(device))
+        all_labels.append(labels)
     model.train(training)
-    logits = torch.cat(all_logits)
-    labels = torch.cat(all_labels).long()  # uint8 would overflow in the next lines
+    logits = torch.cat(all_logits).cpu()
+    labels = torch.cat(all_labels).cpu().long()  # uint8 would overflow in the next lines
     # Give each pair of a true and a predicted class a number, and count the pairs.
     size = logits.shape[1]
     pairs = labels * size + logits.argmax(dim=1)
@@ -103,9 +105,9 @@ def evaluate(model, loader):
     return SimpleNamespace(
         loss=F.cross_entropy(logits, labels).item(),  # mean over the samples
         accuracy=confusion.trace().item() / len(labels),  # in [0, 1]
-        confusion=confusion.cpu(),  # (C, C), int64: rows are true classes, columns are predictions
-        logits=logits.cpu(),  # (N, C)
-        labels=labels.cpu(),  # (N,), int64
+        confusion=confusion,  # (C, C), int64: rows are true classes, columns are predictions
+        logits=logits,  # (N, C)
+        labels=labels,  # (N,), int64
     )
 
 
@@ -121,10 +123,10 @@ def print_tables(confusion, names):
         print(f"{name:<{width}}{p:>10.4f}{r:>10.4f}{f:>10.4f}{count:>10}")
     print("Confusion matrix (rows: true classes, columns: predicted classes):")
     # Show whole names if the matrix still fits in 80 characters; otherwise, cut them.
-    column = max(6, len(f"{confusion.max()}") + 2, min(width, (80 - width) // len(names)))
-    print(" " * width + "".join(f"{name[: column - 1]:>{column}}" for name in names))
+    column = max(5, min(width, (80 - width) // len(names)) - 1)
+    print(" " * width + "".join(f" {name[:column]:>{column}}" for name in names))
     for name, row in zip(names, confusion.tolist(), strict=True):
-        print(f"{name:<{width}}" + "".join(f"{count:>{column}}" for count in row))
+        print(f"{name:<{width}}" + "".join(f" {count:>{column}}" for count in row))
 
 
 # ---- data ----
@@ -140,17 +142,16 @@ DATASETS = {
 
 def draw_digits(count, generator):
     """Draw synthetic digits: uint8 images (N, 28, 28) and labels (N,)."""
-    font = ImageFont.load_default(size=24)
     digits = torch.zeros(10, 1, 28, 28)
     for digit in range(10):
         picture = Image.new("L", (28, 28))
-        ImageDraw.Draw(picture).text((14, 14), str(digit), fill=255, font=font, anchor="mm")
+        ImageDraw.Draw(picture).text((14, 14), str(digit), fill=255, font_size=24, anchor="mm")
         digits[digit] = pil_to_tensor(picture)
     labels = torch.randint(10, (count,), generator=generator)
     # A strong distortion makes these digits about as hard to learn as MNIST. 500 images at a time
     # fit in the CPU's cache, which is faster.
     images = [random_affine(digits[some], 30, 0.4, 4, generator) for some in labels.split(500)]
-    return torch.cat(images).round().to(torch.uint8).squeeze(1), labels
+    return torch.cat(images).round().byte().squeeze(1), labels
 
 
 def read_dataset(name, data_dir):
@@ -179,8 +180,7 @@ class Data:
     train_loader: a Loader or a torch DataLoader; each batch has inputs (N, ...) for the network and
     labels (N,), int64. eval_loader: the same, without shuffling. classes: the names of the classes,
     in the order of the network's outputs. name: the name of the dataset. split: "test" or
-    "validation", depending on what eval_loader contains. Raises UserError if there are no training
-    samples.
+    "validation", depending on what eval_loader contains. Raises UserError if a loader is empty.
     """
 
     train_loader: object
@@ -190,28 +190,31 @@ class Data:
     split: str = "test"
 
     def __post_init__(self):
-        if len(self.train_loader) == 0:
-            raise UserError("no training samples; use a smaller --validate, or more data")
+        self.classes = [str(name) for name in self.classes]
+        if 0 in (len(self.train_loader), len(self.eval_loader)):
+            raise UserError(
+                f"no training or no {self.split} samples; use a smaller --validate, or more data"
+            )
 
 
 def load_data(args):
     """Return the Data that the options select, on the device. Raises UserError if that fails."""
-    # A separate generator: creating a network also draws random numbers, which must not change the
-    # synthetic digits or the order of the training images.
-    generator = torch.Generator().manual_seed(args.seed)
     if args.dataset == "synthetic":
-        train = draw_digits(60_000, generator)
-        held_out = draw_digits(10_000, generator)
+        generator = torch.Generator().manual_seed(0)  # the same digits for each --seed
+        with torch.device("cpu"):  # even if the default device is another one
+            train, held_out = draw_digits(60_000, generator), draw_digits(10_000, generator)
     else:
         train, held_out = read_dataset(args.dataset, args.data_dir)
-    split = "test"
+    split = "validation" if args.validate else "test"
     if args.validate:
-        split = "validation"
         held_out = [tensor[-args.validate :] for tensor in train]
         train = [tensor[: -args.validate] for tensor in train]
     train = [tensor[: args.limit] for tensor in train]
+    # A separate generator: creating a network also draws random numbers, which must not change the
+    # order of the training images.
+    generator = torch.Generator().manual_seed(args.seed)
     train_loader = Loader(*as_floats(*train, args.device), args.batch_size, generator)
-    eval_loader = Loader(*as_floats(*held_out, args.device))
+    eval_loader = Loader(*as_floats(*held_out, args.device), args.batch_size)
     # torchvision's names for MNIST are "0 - zero" and so on.
     classes = [name.partition(" - ")[0] for name in DATASETS[args.dataset].classes]
     return Data(train_loader, eval_loader, classes, args.dataset, split)
@@ -220,17 +223,22 @@ def load_data(args):
 # ---- report ----
 
 
-def count_samples(loader):
-    """Return the number of samples in a Loader or a torch DataLoader."""
-    return len(loader.labels if isinstance(loader, Loader) else loader.dataset)
+def describe(loader, split):
+    """Return how many samples a Loader or a torch DataLoader yields in an epoch, in words."""
+    if not loader.batch_size:  # a DataLoader with its own batch_sampler
+        return f"{len(loader):,} {split} batches"
+    # The sampler of a DataLoader may select samples; drop_last leaves out an incomplete batch.
+    samples = loader.labels if isinstance(loader, Loader) else loader.sampler
+    return f"{min(len(samples), len(loader) * loader.batch_size):,} {split} samples"
 
 
 def print_header(args, model, data):
     """Print one line with the device, the model and the dataset."""
     count = sum(parameter.numel() for parameter in model.parameters())
     network = f"{type(model).__name__} ({count:,} parameters)"
-    training = f"{count_samples(data.train_loader):,} training and " if args.epochs > 0 else ""
-    samples = f"{training}{count_samples(data.eval_loader):,} {data.split} samples"
+    samples = describe(data.eval_loader, data.split)
+    if args.epochs > 0:
+        samples = f"{describe(data.train_loader, 'training')}, {samples}"
     print(f"Device: {args.device}, Model: {network}, Data: {data.name} ({samples})")
 
 
@@ -262,9 +270,12 @@ def report(args, data, evaluation):
     """Print the final report and, with --errors, draw the misclassified images."""
     print("Training finished." if args.epochs > 0 else format_scores(data, evaluation))
     outputs = len(evaluation.confusion)
-    names = [*data.classes, *range(len(data.classes), outputs)]  # numbers, if there is no name
-    names = [str(name) for name in names[:outputs]]
-    print_tables(evaluation.confusion, names)
+    # Outputs without a name get a number.
+    names = [*data.classes, *map(str, range(len(data.classes), outputs))][:outputs]
+    if outputs > 50:
+        print(f"No tables of {outputs:,} outputs; the confusion matrix is in what main returns.")
+    else:
+        print_tables(evaluation.confusion, names)
     if args.errors:
         draw_errors(args.errors, evaluation, data.eval_loader, names)
 
@@ -280,22 +291,20 @@ def draw_errors(file, evaluation, loader, names):
     worst = wrong[confidence[wrong].argsort(descending=True)][:100].tolist()
     # Pillow's built-in font has no letters outside ASCII.
     names = [name[:12] if name.isascii() else str(i) for i, name in enumerate(names)]
-    font = ImageFont.load_default(size=13)
     # A cell has 120x140 pixels: an image of 84x84, three lines of text, and margins.
     sheet = Image.new("RGB", (1200, 140 * max(1, math.ceil(len(worst) / 10))), "white")
     samples = (sample for images, labels in loader for sample in zip(images, labels, strict=True))
     for i, (image, label) in enumerate(samples):
         if label != evaluation.labels[i]:
             raise UserError("cannot draw errors: eval_loader must not shuffle the images")
-        if i not in worst:
-            continue
-        row, column = divmod(worst.index(i), 10)
-        x, y = column * 120 + 18, row * 140 + 4
-        low, high = min(0, image.min()), max(1, image.max())
-        picture = to_pil_image((image - low) / (high - low))
-        sheet.paste(ImageOps.contain(picture, (84, 84), Image.Resampling.BOX), (x, y))
-        text = f"true: {names[label]}\npred: {names[predicted[i]]}\n{confidence[i]:.1%} sure"
-        ImageDraw.Draw(sheet).text((x, y + 86), text, "black", font, spacing=2)
+        if i in worst:
+            row, column = divmod(worst.index(i), 10)
+            x, y = column * 120 + 18, row * 140 + 4
+            low, high = min(0, image.min()), max(1, image.max())
+            picture = to_pil_image((image - low) / (high - low))
+            sheet.paste(ImageOps.contain(picture, (84, 84), Image.Resampling.BOX), (x, y))
+            text = f"true: {names[label]}\npred: {names[predicted[i]]}\n{confidence[i]:.1%} sure"
+            ImageDraw.Draw(sheet).text((x, y + 86), text, "black", font_size=13, spacing=2)
     with replacing(file) as temporary:
         sheet.save(temporary, "PNG")
     print(f"{file} shows {len(worst)} of {len(wrong)} mistakes.")
@@ -311,16 +320,6 @@ def naming(file):
         yield
     except OSError as error:
         raise UserError(f"cannot write {file}: {reason(error)}; choose another path") from error
-
-
-def check_writable(file):
-    """Raise UserError if `file` cannot be written, so that a run fails before the training."""
-    folder = os.path.dirname(os.path.realpath(file))  # for a link: the folder of its target
-    with naming(file):
-        if os.path.isdir(file):
-            raise OSError("it is a folder")
-        if not os.access(folder, os.W_OK):
-            raise OSError("its folder does not exist or is write-protected")
 
 
 @contextlib.contextmanager
@@ -367,29 +366,26 @@ def load_weights(model, file):
 # ---- pictures of your own ----
 
 
-def grey_levels(image):
-    """Convert a Pillow image to grey levels (H, W), float in [0, 255]; transparent is white."""
-    image = image.convert("RGBA")
-    paper = Image.new("RGBA", image.size, "white")
-    return pil_to_tensor(Image.alpha_composite(paper, image).convert("L"))[0].float()
-
-
 def find_ink(grey):
     """Return the amount of ink per pixel, (H, W) in [0, 1], from grey levels (H, W).
 
-    Raises ValueError if there is hardly any contrast.
+    The longer side has 256 pixels. Raises ValueError if there is hardly any contrast.
     """
-    # Most pixels are paper, so the median is the level of the paper. If it is nearer to the darkest
-    # pixel than to the lightest one, the ink is light: invert.
-    if grey.median() - grey.min() < grey.max() - grey.median():
+    # Most pixels are paper, so the median is the level of the paper. But a 1 may fill a narrow
+    # picture; therefore, repeat its edge until the picture is a square. If the median is nearer to
+    # the darkest pixel than to the lightest one, the ink is light: invert.
+    height, width = grey.shape
+    square = F.pad(grey[None], (0, 256 - width, 0, 256 - height), mode="replicate")
+    if square.median() - grey.min() < grey.max() - square.median():
         grey = 255 - grey
     # Estimate the paper by the lightest pixel in each cell of a grid. With larger cells, a shadow
-    # would count as ink; with smaller ones, a thick stroke could fill a cell and count as paper.
-    paper = F.adaptive_max_pool2d(grey[None], 10)  # (1, 10, 10)
+    # would count as ink. A thick stroke can fill a cell; so paper has at least half of the light.
+    paper = F.adaptive_max_pool2d(grey[None], 10).clamp(min=grey.max() / 2)  # (1, 10, 10)
     paper = F.avg_pool2d(paper, 3, stride=1, padding=1, count_include_pad=False)  # smooth
     ink = F.interpolate(paper[None], grey.shape, mode="bilinear")[0, 0] - grey
-    # Most of the paper is slightly darker than the estimate. Subtract the median: paper becomes 0.
-    ink = (ink - ink.median()).clamp(min=0)
+    # Most of the paper is slightly darker than the estimate; here, it becomes 0. (The median would
+    # be too much for a picture in which a digit leaves little paper.)
+    ink = (ink - ink.quantile(0.4)).clamp(min=0)
     # 30 of 255 is safe: for 538 pictures of handwritten digits, ink.max() was never below 99.
     if ink.max() < 30:
         raise ValueError("no strokes found")
@@ -416,8 +412,9 @@ def main_components(ink):
         component = spread
     cell_ink = F.avg_pool2d(ink[None], 4)[0] * drawn
     total = torch.bincount(component.flatten(), cell_ink.flatten())  # the ink of each component
-    edges = [component[0], component[-1], component[:, 0], component[:, -1]]
-    total[torch.cat(edges).unique()] /= 100
+    border = component.clone()
+    border[1:-1, 1:-1] = 0
+    total[border.unique()] /= 100
     is_kept = total > 0.3 * total.max()  # for each component
     kept = is_kept[component].float()  # for each cell: 1 if its component is kept, otherwise 0
     kept = F.max_pool2d(kept[None, None], 3, stride=1, padding=1)  # 1 in the cells around it, too
@@ -436,19 +433,15 @@ def mnist_form(grey):
     # would fall apart into several components.
     height, width = (4 * math.ceil(side * 64 / max(grey.shape)) for side in grey.shape)
     ink = main_components(find_ink(resize(grey[None], [height, width])[0]))
+    drawn = (ink > 0.25).nonzero()  # (pixels, 2): the strokes, without their blurred edge
     # The square to cut out becomes 28 pixels wide. In MNIST, the longer side of a digit has 20 of
     # them, measured at the outer edges of thick strokes. Most people's strokes are thinner; with 19
     # pixels, the middle of a stroke is where MNIST has it.
-    rows, columns = (ink > 0.25).nonzero(as_tuple=True)  # without the blurred edge of the strokes
-    longer = 1 + max(rows.max() - rows.min(), columns.max() - columns.min()).item()
+    longer = 1 + (drawn.amax(dim=0) - drawn.amin(dim=0)).max().item()
     side = round(longer * 28 / 19)
-    # The centre of mass comes to the middle of pixel 14, which is at 14.5 (of pixel i, at i + 0.5).
-    mass = ink / ink.sum()
-    row = (mass.sum(dim=1) @ torch.arange(0.5, height)).item()
-    column = (mass.sum(dim=0) @ torch.arange(0.5, width)).item()
-    middle = side * 14.5 / 28
-    top, left = round(row - middle), round(column - middle)
-    digit = resized_crop(ink[None], top, left, side, side, [28, 28])  # 0 outside the picture
+    # The mean position of the strokes comes to the middle of pixel 14, that is, to 14.5.
+    row, column = (drawn.float().mean(dim=0) + 0.5 - side * 14.5 / 28).tolist()
+    digit = resized_crop(ink[None], round(row), round(column), side, side, 28)
     digit = digit / digit.max()
     # Bring the mean closer to that of MNIST's training images, 0.1307: this makes the strokes of a
     # pencil bolder, and those of a felt pen thinner.
@@ -459,7 +452,11 @@ def mnist_form(grey):
 def read_picture(file):
     """Read a picture file; return the image of its digit in MNIST's format (1, 28, 28)."""
     image = ImageOps.exif_transpose(Image.open(file))  # upright, as its camera says
-    return mnist_form(grey_levels(image))
+    level, alpha = pil_to_tensor(image.convert("LA")).float()
+    # What is transparent becomes white; below strokes that are nearly white, it becomes black.
+    on_black = level * alpha / 255
+    on_white = on_black + 255 - alpha
+    return mnist_form(on_white if on_white.min() < 225 else on_black)
 
 
 @torch.no_grad()
@@ -475,10 +472,10 @@ def predict_pictures(model, args):
             image = read_picture(file)
         except Exception as error:  # for an invalid picture, Pillow may raise almost any exception
             failures.append(f"cannot read a digit from {file}: {reason(error)}")
-            continue
-        logits = model(image[None].to(args.device))[0]
-        confidence, digit = logits.softmax(dim=0).max(dim=0)
-        print(f"{file}: {digit} ({confidence:.1%})")
+        else:
+            logits = model(image[None].to(args.device))[0]
+            confidence, digit = logits.softmax(dim=0).max(dim=0)
+            print(f"{file}: {digit} ({confidence:.1%})")
     if failures:
         reasons = "; ".join(failures)
         raise UserError(f"{reasons}; use JPEG or PNG files of one digit on plain paper")
@@ -498,10 +495,10 @@ def find_device(name):
     """argparse type: convert a name to a torch.device; `auto` prefers a GPU to the CPU."""
     if name == "auto":
         found = torch.accelerator.is_available()
-        name = torch.accelerator.current_accelerator().type if found else "cpu"
+        name = str(torch.accelerator.current_accelerator()) if found else "cpu"
     try:
         # This raises an error if the driver is missing or the GPU is too old.
-        (torch.ones(1, device=name) + 1).item()
+        torch.ones(1, device=name).item()
     except Exception as error:
         first_line = str(error).partition("\n")[0]  # CUDA adds hints for programmers
         message = f"{name} cannot be used: {reason(first_line)}; try --device cpu"
@@ -509,61 +506,78 @@ def find_device(name):
     return torch.device(name)
 
 
-def make_parser(description):
-    """Return an argparse parser with the options that both scripts share."""
+def make_parser(description, peak):
+    """Return an argparse parser with the options that both scripts share.
+
+    peak: the learning rate of --one-cycle if --lr is not given.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.set_defaults(peak=peak)
 
     add = parser.add_argument_group("training").add_argument
-    epochs_help = "number of epochs; 0 only evaluates (default: %(default)s)"
-    add("--epochs", type=int, default=10, metavar="N", help=epochs_help)
-    batch_help = "images per step (default: %(default)s)"
-    add("--batch-size", type=positive_int, default=100, metavar="N", help=batch_help)
-    add("--lr", type=float, help="learning rate (default: 0.001, or 0.01 with --one-cycle)")
+    add("--epochs", type=int, default=10, help="0: only evaluate (default: %(default)s)")
+    add("--batch-size", type=positive_int, default=100, help="default: %(default)s")
+    add("--lr", type=float, help=f"learning rate (default: 0.001, or {peak} with --one-cycle)")
     add("--one-cycle", action="store_true", help="raise the learning rate to --lr, then lower it")
     add("--augment", action="store_true", help="rotate, scale and shift training images at random")
-    seed_help = "same seed, machine and number of threads: same weights (default: %(default)s)"
-    add("--seed", type=int, default=0, metavar="N", help=seed_help)
-    device_help = "cpu, cuda, cuda:1, mps, ...; auto: GPU, otherwise CPU (default: %(default)s)"
-    add("--device", type=find_device, default="auto", metavar="NAME", help=device_help)
+    add("--seed", type=int, default=0, help="same seed, same weights (default: %(default)s)")
+    add("--device", type=find_device, default="auto", help="cpu, cuda, mps, ...; auto: GPU or CPU")
 
     add = parser.add_argument_group("data").add_argument
-    dataset_help = "synthetic needs no download (default: %(default)s)"
-    add("--dataset", choices=DATASETS, default="mnist", help=dataset_help)
-    folder_help = "dataset folder (default: %(default)s)"
-    add("--data-dir", default="data", metavar="DIR", help=folder_help)
-    add("--limit", type=positive_int, metavar="N", help="train on the first N training images")
-    validate_help = "hold out the last N training images; evaluate on them, not on test images"
-    add("--validate", type=positive_int, metavar="N", help=validate_help)
+    add("--dataset", choices=DATASETS, default="mnist", help="synthetic needs no download")
+    add("--data-dir", default="data", help="dataset folder (default: %(default)s)")
+    add("--limit", type=positive_int, help="train on the first LIMIT training images")
+    add(
+        "--validate",
+        type=positive_int,
+        help="hold out the last VALIDATE training images; evaluate on them, not on test images",
+    )
 
     add = parser.add_argument_group("results").add_argument
-    add("--log", metavar="FILE", help="write losses, accuracy and time of each epoch to a CSV file")
-    add("--save", metavar="FILE", help="save the weights after each epoch, as a state dict")
-    add("--load", metavar="FILE", help="start from weights saved with --save")
+    add("--log", help="CSV file for the losses, accuracy and time of each epoch")
+    add("--save", help="file for the weights, written after each epoch, as a state dict")
+    add("--load", help="file that --save wrote; start from its weights")
     add("--predict", nargs="+", metavar="IMAGE", help="with --load: classify digits in pictures")
     add("--errors", metavar="FILE.png", help="at the end, draw misclassified images")
     return parser
 
 
-def parse_args(parser, argv):
-    """Parse `argv`, a list or a string (None: the command line), and check the options."""
+def parse_args(parser, argv, data=None):
+    """Parse `argv`, a list or a string (None: the command line), and check the options.
+
+    data: None, or the Data of a caller who does not use the options that select data.
+    """
     if argv is None:
-        # In a notebook, sys.argv belongs to the kernel.
-        argv = [] if sys.argv[0].endswith("kernel_launcher.py") else sys.argv[1:]
+        # In a console or notebook, __main__ is no file, or the file of the console; then, sys.argv
+        # belongs to the console.
+        consoles = ("kernel_launcher.py", "pydevconsole.py")
+        is_script = hasattr(sys.modules["__main__"], "__file__")
+        argv = sys.argv[1:] if is_script and not sys.argv[0].endswith(consoles) else []
     elif isinstance(argv, str):
         argv = argv.split()
     args = parser.parse_args([str(word) for word in argv])
     if args.lr is None:
-        args.lr = 0.01 if args.one_cycle else 0.001
+        args.lr = args.peak if args.one_cycle else 0.001
     if args.predict and not args.load:
         parser.error("argument --predict: needs trained weights; add --load FILE")
     if args.predict and args.dataset not in ("mnist", "synthetic"):
         parser.error(f"argument --predict: reads only digits, and {args.dataset} has none")
     if args.errors and not args.errors.lower().endswith(".png"):
         parser.error("argument --errors: the file name must end in .png")
+    if data and (args.limit or args.validate):
+        parser.error("--limit and --validate do not split your own data; split it yourself")
+    sampler = getattr(data and data.eval_loader, "sampler", None)
+    if args.errors and isinstance(sampler, RandomSampler | SubsetRandomSampler):
+        parser.error("argument --errors: eval_loader must not shuffle the images")
     for file in filter(None, (args.save, args.log, args.errors)):
-        check_writable(file)
+        folder = os.path.dirname(os.path.realpath(file))  # for a link: the folder of its target
+        if os.path.isdir(file) or not os.access(folder, os.W_OK):
+            raise UserError(
+                f"cannot write {file}: it is a folder, or its folder does not exist "
+                "or is write-protected; choose another path"
+            )
     return args
 
 
@@ -576,7 +590,6 @@ def set_up(seed):
     # With these settings, a GPU computes the same weights for the same seed, see
     # https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     torch.backends.cudnn.deterministic = True
-    torch.backends.mkldnn.deterministic = True  # for Intel GPUs, which use oneDNN
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
     # On Linux, glibc returns freed memory to the system, and getting it back for the next training
     # step takes time. These two settings make the process keep it, see mallopt(3).

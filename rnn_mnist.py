@@ -49,16 +49,20 @@ def main(argv=None, model=RNN, data=None):
     evaluation is None.
     """
     # options
-    parser = common.make_parser(__doc__)
-    hidden_help = "hidden size; for --load, that of the saved network (default: %(default)s)"
+    parser = common.make_parser(__doc__, peak=0.005)
     parser.add_argument(
-        "--hidden", type=common.positive_int, default=128, metavar="N", help=hidden_help
+        "--hidden",
+        type=common.positive_int,
+        default=128,
+        help="hidden size; for --load, that of the saved network (default: %(default)s)",
     )
-    layers_help = "LSTM layers; for --load, those of the saved network (default: %(default)s)"
     parser.add_argument(
-        "--layers", type=common.positive_int, default=2, metavar="N", help=layers_help
+        "--layers",
+        type=common.positive_int,
+        default=2,
+        help="LSTM layers; for --load, those of the saved network (default: %(default)s)",
     )
-    args = common.parse_args(parser, argv)
+    args = common.parse_args(parser, argv, data)
     common.set_up(args.seed)
 
     # model
