@@ -8,6 +8,7 @@ files": they print and write the results. You can skip the rest: "pictures of yo
 import argparse
 import contextlib
 import ctypes
+import errno
 import math
 import os
 import sys
@@ -19,7 +20,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import RandomSampler, SubsetRandomSampler
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, resize, resized_crop, to_pil_image
 
@@ -262,8 +262,10 @@ def write_log(file, epoch, data, train_loss, evaluation, seconds):
     with naming(file), open(file, "w" if epoch == 1 else "a") as log:
         if epoch == 1:
             log.write(f"epoch,train_loss,{data.split}_loss,{data.split}_accuracy,seconds\n")
-        log.write(f"{epoch},{train_loss:.6f},{evaluation.loss:.6f},")
-        log.write(f"{evaluation.accuracy:.6f},{seconds:.2f}\n")
+        log.write(
+            f"{epoch},{train_loss:.6f},{evaluation.loss:.6f},"
+            f"{evaluation.accuracy:.6f},{seconds:.2f}\n"
+        )
 
 
 def report(args, data, evaluation):
@@ -287,7 +289,7 @@ def draw_errors(file, evaluation, loader, names):
     rescaled to [0, 1]. Raises UserError if the file cannot be written.
     """
     confidence, predicted = evaluation.logits.softmax(dim=1).max(dim=1)
-    wrong = (predicted != evaluation.labels).nonzero().squeeze(1)
+    wrong = (predicted != evaluation.labels).nonzero().flatten()
     worst = wrong[confidence[wrong].argsort(descending=True)][:100].tolist()
     # Pillow's built-in font has no letters outside ASCII.
     names = [name[:12] if name.isascii() else str(i) for i, name in enumerate(names)]
@@ -302,7 +304,7 @@ def draw_errors(file, evaluation, loader, names):
             x, y = column * 120 + 18, row * 140 + 4
             low, high = min(0, image.min()), max(1, image.max())
             picture = to_pil_image((image - low) / (high - low))
-            sheet.paste(ImageOps.contain(picture, (84, 84), Image.Resampling.BOX), (x, y))
+            sheet.paste(ImageOps.contain(picture, (84, 84), Image.BOX), (x, y))
             text = f"true: {names[label]}\npred: {names[predicted[i]]}\n{confidence[i]:.1%} sure"
             ImageDraw.Draw(sheet).text((x, y + 86), text, "black", font_size=13, spacing=2)
     with replacing(file) as temporary:
@@ -319,7 +321,9 @@ def naming(file):
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {file}: {reason(error)}; choose another path") from error
+        raise UserError(
+            f"cannot write {file}: {reason(error)}; close it elsewhere, or choose another path"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -473,8 +477,8 @@ def predict_pictures(model, args):
         except Exception as error:  # for an invalid picture, Pillow may raise almost any exception
             failures.append(f"cannot read a digit from {file}: {reason(error)}")
         else:
-            logits = model(image[None].to(args.device))[0]
-            confidence, digit = logits.softmax(dim=0).max(dim=0)
+            probabilities = model(image[None].to(args.device)).softmax(dim=1)
+            confidence, digit = probabilities[0].max(dim=0)
             print(f"{file}: {digit} ({confidence:.1%})")
     if failures:
         reasons = "; ".join(failures)
@@ -501,8 +505,9 @@ def find_device(name):
         torch.ones(1, device=name).item()
     except Exception as error:
         first_line = str(error).partition("\n")[0]  # CUDA adds hints for programmers
-        message = f"{name} cannot be used: {reason(first_line)}; try --device cpu"
-        raise argparse.ArgumentTypeError(message) from error
+        raise argparse.ArgumentTypeError(
+            f"{name} cannot be used: {reason(first_line)}; try --device cpu"
+        ) from error
     return torch.device(name)
 
 
@@ -517,23 +522,24 @@ def make_parser(description, peak):
     parser.set_defaults(peak=peak)
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=10, help="0: only evaluate (default: %(default)s)")
-    add("--batch-size", type=positive_int, default=100, help="default: %(default)s")
+    add("--epochs", type=int, default=10, help="0: only evaluate (default: 10)")
+    add("--batch-size", type=positive_int, default=100, help="images per step (default: 100)")
     add("--lr", type=float, help=f"learning rate (default: 0.001, or {peak} with --one-cycle)")
     add("--one-cycle", action="store_true", help="raise the learning rate to --lr, then lower it")
     add("--augment", action="store_true", help="rotate, scale and shift training images at random")
-    add("--seed", type=int, default=0, help="same seed, same weights (default: %(default)s)")
-    add("--device", type=find_device, default="auto", help="cpu, cuda, mps, ...; auto: GPU or CPU")
+    add("--seed", type=int, default=0, help="same seed and machine, same weights (default: 0)")
+    add("--device", type=find_device, default="auto", help="cpu, cuda, cuda:1, mps, ... or auto")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="mnist", help="synthetic needs no download")
-    add("--data-dir", default="data", help="dataset folder (default: %(default)s)")
-    add("--limit", type=positive_int, help="train on the first LIMIT training images")
     add(
-        "--validate",
-        type=positive_int,
-        help="hold out the last VALIDATE training images; evaluate on them, not on test images",
+        "--dataset",
+        choices=DATASETS,
+        default="mnist",
+        help="default: mnist; synthetic: no download",
     )
+    add("--data-dir", default="data", help="dataset folder (default: data)")
+    add("--limit", type=positive_int, help="train on the first LIMIT training images")
+    add("--validate", type=positive_int, help="hold out the last training images for evaluation")
 
     add = parser.add_argument_group("results").add_argument
     add("--log", help="CSV file for the losses, accuracy and time of each epoch")
@@ -569,7 +575,7 @@ def parse_args(parser, argv, data=None):
     if data and (args.limit or args.validate):
         parser.error("--limit and --validate do not split your own data; split it yourself")
     sampler = getattr(data and data.eval_loader, "sampler", None)
-    if args.errors and isinstance(sampler, RandomSampler | SubsetRandomSampler):
+    if args.errors and "Random" in type(sampler).__name__:
         parser.error("argument --errors: eval_loader must not shuffle the images")
     for file in filter(None, (args.save, args.log, args.errors)):
         folder = os.path.dirname(os.path.realpath(file))  # for a link: the folder of its target
@@ -630,5 +636,9 @@ def run(main):
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        os._exit(1)  # sys.exit would flush stdout, and fail again
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EINVAL):
+            raise
+        # The reader of a pipe has gone; Windows calls that EINVAL. sys.exit would flush stdout, and
+        # fail again.
+        os._exit(1)

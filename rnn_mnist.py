@@ -54,13 +54,13 @@ def main(argv=None, model=RNN, data=None):
         "--hidden",
         type=common.positive_int,
         default=128,
-        help="hidden size; for --load, that of the saved network (default: %(default)s)",
+        help="hidden size; for --load, that of the saved network (default: 128)",
     )
     parser.add_argument(
         "--layers",
         type=common.positive_int,
         default=2,
-        help="LSTM layers; for --load, those of the saved network (default: %(default)s)",
+        help="LSTM layers; for --load, those of the saved network (default: 2)",
     )
     args = common.parse_args(parser, argv, data)
     common.set_up(args.seed)
