@@ -4,8 +4,8 @@ python cnn_mnist.py --epochs 10 --device cuda
 python cnn_mnist.py --one-cycle --augment --save cnn.pt
 
 common.py has to lie beside this file (the package of that name on PyPI is another one). The
-training loop stands in rnn_mnist.py, too, so that each script can be read alone; they differ in the
-network, its options, and the shift of --augment.
+training loop stands in rnn_mnist.py, too, so that you can read each script alone. They differ in
+the network, its options, the learning rate of --one-cycle, and the shift of --augment.
 """
 
 import time
@@ -32,7 +32,8 @@ class CNN(nn.Module):
 
     def forward(self, x):
         if x.device.type == "cpu":
-            # With the channels last in memory, a CPU trains in two thirds of the time.
+            # Same shape, but another order in memory: the channels of a pixel lie side by side.
+            # With it, a CPU trains in two thirds of the time.
             x = x.clone(memory_format=torch.channels_last)
         # ReLU and max pooling can be swapped. Pooling first leaves fewer values for ReLU.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))  # (N, 16, 14, 14)
@@ -44,15 +45,15 @@ def main(argv=None, model=CNN, data=None):
     """Train a network with the options in `argv`; return it and its last evaluation.
 
     argv: a list, or a string that is split at spaces; by default, the command line.
-    model: a network, which is trained in place; or a class or function, which is called after the
-    seed is set, and returns a new network.
-    data: a common.Data; by default, the dataset that the options select. If it is given, --dataset,
-    --data-dir, --batch-size, --limit and --validate have no effect.
+    model: a class or function that creates the network (it is called after the seed is set, so that
+    the seed decides the first weights), or a network to train further.
+    data: your own common.Data instead of the dataset that the options select. Then, --limit and
+    --validate are refused, and --dataset, --data-dir and --batch-size have no effect.
     The network is returned in evaluation mode. With --predict, nothing is trained, and the
     evaluation is None.
     """
     # options
-    args = common.parse_args(common.make_parser(__doc__, peak=0.01), argv, data)
+    args = common.parse_args(common.make_parser(__doc__, one_cycle_lr=0.01), argv, data)
     common.set_up(args.seed)
 
     # model
@@ -72,9 +73,9 @@ def main(argv=None, model=CNN, data=None):
 
     # train
     criterion = nn.CrossEntropyLoss()
-    # fused: faster; Adam, AdamW and SGD have it.
+    # fused=True is faster. Other optimizers than Adam, AdamW and SGD may not have it.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    if args.one_cycle:
+    if args.one_cycle:  # The scheduler sets the learning rate of each step, at most args.lr.
         total_steps = max(1, args.epochs * steps)  # with 0 epochs, OneCycleLR would fail
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps)
     for epoch in range(1, args.epochs + 1):
@@ -82,9 +83,10 @@ def main(argv=None, model=CNN, data=None):
         losses = []
         model.train()
         for step, (images, labels) in enumerate(data.train_loader, start=1):
+            # for your own loader; the batches of common.Loader are on the device already
             images, labels = images.to(args.device), labels.to(args.device)
             if args.augment:
-                images = common.random_affine(images, shift=1)  # 2 pixels do not help the CNN more
+                images = common.random_affine(images, shift=1)  # in pixels; 2 is not better
             logits = model(images)
             loss = criterion(logits, labels)
             optimizer.zero_grad()
@@ -115,4 +117,4 @@ def main(argv=None, model=CNN, data=None):
 
 
 if __name__ == "__main__":
-    model, evaluation = common.run(main)  # a notebook can use both afterwards
+    model, evaluation = common.run(main)  # after %run, a notebook has both

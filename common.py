@@ -2,7 +2,8 @@
 
 Read "loaders and evaluation" and "data" to understand a run. Look up "report" and "weights and
 files": they print and write the results. You can skip the rest: "pictures of your own" is for
---predict, "options" for argparse, "setup and errors" for repeatable runs and clear messages.
+--predict, "options" for argparse, "setup and errors" for repeatable runs and clear messages
+(UserError and reason are defined there).
 """
 
 import argparse
@@ -34,28 +35,6 @@ def as_floats(images, labels, device):
     return images.float().div_(255), labels.to(device)
 
 
-def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
-    """Apply a different random rotation, scaling and shift to each image, on the images' device.
-
-    images: (N, C, H, W) float; returns the same shape, with 0 outside the original image.
-    degrees, scale (a fraction) and shift (in pixels along each axis) are the maximum changes.
-    """
-    count, _, height, width = images.shape
-    angle, zoom, dx, dy = torch.rand(4, count, device=images.device, generator=generator) * 2 - 1
-    angle *= math.radians(degrees)
-    zoom = 1 + zoom * scale
-    dx, dy = dx * shift * 2 / width, dy * shift * 2 / height  # an image is 2 units wide and high
-    # affine_grid needs, for each output pixel, the input position that it is copied from. One unit
-    # in the output is `along` units on the same axis of the input, and `across` on the other axis,
-    # where a unit has another length if the image is not square.
-    along, across = angle.cos() / zoom, angle.sin() / zoom
-    x = [along, -across * (height / width), dx]
-    y = [across * (width / height), along, dy]
-    theta = torch.stack(x + y, dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, images.shape, align_corners=False)  # (N, H, W, 2)
-    return F.grid_sample(images, grid, align_corners=False)  # (N, C, H, W)
-
-
 @dataclass
 class Loader:
     """Iterate over batches of images (N, ...) and labels (N,), which stay on their device.
@@ -67,7 +46,7 @@ class Loader:
     images: torch.Tensor
     labels: torch.Tensor
     batch_size: int = 100
-    generator: torch.Generator = None
+    generator: torch.Generator | None = None
 
     def __len__(self):
         return math.ceil(len(self.labels) / self.batch_size)
@@ -76,6 +55,7 @@ class Loader:
         count = len(self.labels)
         order = torch.arange(count)
         if self.generator:
+            # device="cpu" is that of the generator; a notebook may have another default device.
             order = torch.randperm(count, generator=self.generator, device="cpu")
         for indices in order.to(self.labels.device).split(self.batch_size):
             yield self.images[indices], self.labels[indices]
@@ -97,8 +77,9 @@ def evaluate(model, loader):
         all_labels.append(labels)
     model.train(training)
     logits = torch.cat(all_logits).cpu()
-    labels = torch.cat(all_labels).cpu().long()  # uint8 would overflow in the next lines
-    # Give each pair of a true and a predicted class a number, and count the pairs.
+    labels = torch.cat(all_labels).cpu().long()  # labels in uint8 would overflow below
+    # Number each pair of a true and a predicted class (with 10 classes, true 3 and predicted 5 are
+    # number 35), and count how often each number occurs.
     size = logits.shape[1]
     pairs = labels * size + logits.argmax(dim=1)
     confusion = torch.bincount(pairs, minlength=size**2).view(size, size)
@@ -117,16 +98,40 @@ def print_tables(confusion, names):
     # clamp avoids 0 / 0: a class without predictions or without samples gets 0.
     precision, recall = hits / predicted.clamp(min=1), hits / counts.clamp(min=1)
     f1 = 2 * hits / (predicted + counts).clamp(min=1)  # harmonic mean of precision and recall
-    width = max(12, *(len(name) + 2 for name in names))
+    width = max(12, 2 + max(map(len, names)))
     print(f"{'Class':<{width}}{'Precision':>10}{'Recall':>10}{'F1':>10}{'Count':>10}")
     for name, p, r, f, count in zip(names, precision, recall, f1, counts, strict=True):
         print(f"{name:<{width}}{p:>10.4f}{r:>10.4f}{f:>10.4f}{count:>10}")
     print("Confusion matrix (rows: true classes, columns: predicted classes):")
-    # Show whole names if the matrix still fits in 80 characters; otherwise, cut them.
+    # Show whole names if the matrix still fits in 80 characters; otherwise, cut them. There is a
+    # space before each column, so the column itself is one narrower.
     column = max(5, min(width, (80 - width) // len(names)) - 1)
     print(" " * width + "".join(f" {name[:column]:>{column}}" for name in names))
     for name, row in zip(names, confusion.tolist(), strict=True):
         print(f"{name:<{width}}" + "".join(f" {count:>{column}}" for count in row))
+
+
+def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
+    """Apply a different random rotation, scaling and shift to each image, on the images' device.
+
+    images: (N, C, H, W) float; returns the same shape, with 0 outside the original image.
+    degrees, scale (a fraction) and shift (in pixels along each axis) are the maximum changes.
+    """
+    count, _, height, width = images.shape
+    # (N,) each, in [-1, 1)
+    angle, zoom, dx, dy = torch.rand(4, count, device=images.device, generator=generator) * 2 - 1
+    angle *= math.radians(degrees)
+    zoom = 1 + zoom * scale
+    # affine_grid needs the inverse map: for each output pixel, the input position that it is copied
+    # from. That is a rotation matrix divided by zoom, then the shift. In affine_grid's coordinates,
+    # an image is 2 units wide and 2 units high. Therefore, if it is not square, the two elements
+    # that mix x and y need a factor.
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    x_row = [cos, -sin * (height / width), dx * shift * 2 / width]
+    y_row = [sin * (width / height), cos, dy * shift * 2 / height]
+    theta = torch.stack(x_row + y_row, dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)  # (N, H, W, 2)
+    return F.grid_sample(images, grid, align_corners=False)  # (N, C, H, W)
 
 
 # ---- data ----
@@ -150,8 +155,8 @@ def draw_digits(count, generator):
     labels = torch.randint(10, (count,), generator=generator)
     # A strong distortion makes these digits about as hard to learn as MNIST. 500 images at a time
     # fit in the CPU's cache, which is faster.
-    images = [random_affine(digits[some], 30, 0.4, 4, generator) for some in labels.split(500)]
-    return torch.cat(images).round().byte().squeeze(1), labels
+    parts = [random_affine(digits[part], 30, 0.4, 4, generator) for part in labels.split(500)]
+    return torch.cat(parts).round().byte().squeeze(1), labels
 
 
 def read_dataset(name, data_dir):
@@ -191,10 +196,9 @@ class Data:
 
     def __post_init__(self):
         self.classes = [str(name) for name in self.classes]
-        if 0 in (len(self.train_loader), len(self.eval_loader)):
-            raise UserError(
-                f"no training or no {self.split} samples; use a smaller --validate, or more data"
-            )
+        for loader in (self.train_loader, self.eval_loader):
+            if len(loader) == 0:
+                raise UserError("no samples in a loader; use a smaller --validate, or more data")
 
 
 def load_data(args):
@@ -259,7 +263,7 @@ def format_scores(data, evaluation):
 
 def write_log(file, epoch, data, train_loss, evaluation, seconds):
     """Write the results of an epoch as a row of a CSV file; epoch 1 starts a new file."""
-    with naming(file), open(file, "w" if epoch == 1 else "a") as log:
+    with os_error_as_user_error(file), open(file, "w" if epoch == 1 else "a") as log:
         if epoch == 1:
             log.write(f"epoch,train_loss,{data.split}_loss,{data.split}_accuracy,seconds\n")
         log.write(
@@ -272,8 +276,8 @@ def report(args, data, evaluation):
     """Print the final report and, with --errors, draw the misclassified images."""
     print("Training finished." if args.epochs > 0 else format_scores(data, evaluation))
     outputs = len(evaluation.confusion)
-    # Outputs without a name get a number.
-    names = [*data.classes, *map(str, range(len(data.classes), outputs))][:outputs]
+    named = len(data.classes)
+    names = [data.classes[i] if i < named else str(i) for i in range(outputs)]
     if outputs > 50:
         print(f"No tables of {outputs:,} outputs; the confusion matrix is in what main returns.")
     else:
@@ -316,7 +320,7 @@ def draw_errors(file, evaluation, loader, names):
 
 
 @contextlib.contextmanager
-def naming(file):
+def os_error_as_user_error(file):
     """Context manager: turns an OSError into a UserError that names the file."""
     try:
         yield
@@ -336,7 +340,7 @@ def replacing(file):
     # The temporary file is in the same folder, so that replace() is atomic: the old file stays
     # until the new one is complete.
     temporary = Path(f"{target}.part")
-    with naming(file):
+    with os_error_as_user_error(file):
         try:
             yield temporary
             temporary.replace(target)
@@ -375,20 +379,21 @@ def find_ink(grey):
 
     The longer side has 256 pixels. Raises ValueError if there is hardly any contrast.
     """
-    # Most pixels are paper, so the median is the level of the paper. But a 1 may fill a narrow
-    # picture; therefore, repeat its edge until the picture is a square. If the median is nearer to
-    # the darkest pixel than to the lightest one, the ink is light: invert.
+    # Most pixels are paper, so the median is the level of the paper. Only a 1 can fill its picture,
+    # but then the picture is narrow; so repeat its edge until it is a square. If the median is
+    # nearer to the darkest pixel than to the lightest one, the ink is light: invert.
     height, width = grey.shape
     square = F.pad(grey[None], (0, 256 - width, 0, 256 - height), mode="replicate")
     if square.median() - grey.min() < grey.max() - square.median():
         grey = 255 - grey
-    # Estimate the paper by the lightest pixel in each cell of a grid. With larger cells, a shadow
-    # would count as ink. A thick stroke can fill a cell; so paper has at least half of the light.
+    # Estimate the paper by the lightest pixel in each cell of a 10x10 grid. With larger cells, a
+    # shadow would count as ink. A thick stroke that fills a cell would count as paper; therefore,
+    # the estimate is at least half of the lightest pixel of the picture.
     paper = F.adaptive_max_pool2d(grey[None], 10).clamp(min=grey.max() / 2)  # (1, 10, 10)
     paper = F.avg_pool2d(paper, 3, stride=1, padding=1, count_include_pad=False)  # smooth
     ink = F.interpolate(paper[None], grey.shape, mode="bilinear")[0, 0] - grey
-    # Most of the paper is slightly darker than the estimate; here, it becomes 0. (The median would
-    # be too much for a picture in which a digit leaves little paper.)
+    # Most of the paper is slightly darker than the estimate. Nearly always, 40% of the pixels are
+    # paper; what is no darker than these becomes 0.
     ink = (ink - ink.quantile(0.4)).clamp(min=0)
     # 30 of 255 is safe: for 538 pictures of handwritten digits, ink.max() was never below 99.
     if ink.max() < 30:
@@ -429,7 +434,7 @@ def mnist_form(grey):
     """Convert a picture of a digit, grey levels (H, W) in [0, 255], to MNIST's format (1, 28, 28).
 
     The digit may be dark on light or the reverse, of any size, anywhere. As in MNIST, it is scaled,
-    and its centre of mass is moved to pixel (14, 14); see LeCun, Bottou, Bengio and Haffner,
+    and its centre is moved to the middle of pixel (14, 14); see LeCun, Bottou, Bengio and Haffner,
     "Gradient-based learning applied to document recognition" (1998). Raises ValueError if there is
     hardly any contrast.
     """
@@ -438,14 +443,13 @@ def mnist_form(grey):
     height, width = (4 * math.ceil(side * 64 / max(grey.shape)) for side in grey.shape)
     ink = main_components(find_ink(resize(grey[None], [height, width])[0]))
     drawn = (ink > 0.25).nonzero()  # (pixels, 2): the strokes, without their blurred edge
-    # The square to cut out becomes 28 pixels wide. In MNIST, the longer side of a digit has 20 of
-    # them, measured at the outer edges of thick strokes. Most people's strokes are thinner; with 19
-    # pixels, the middle of a stroke is where MNIST has it.
     longer = 1 + (drawn.amax(dim=0) - drawn.amin(dim=0)).max().item()
+    # MNIST scales a digit to 20 of 28 pixels, measured at the outer edges of thick strokes. Most
+    # people's strokes are thinner. At 20 pixels, they would lie further out than those of MNIST.
     side = round(longer * 28 / 19)
-    # The mean position of the strokes comes to the middle of pixel 14, that is, to 14.5.
-    row, column = (drawn.float().mean(dim=0) + 0.5 - side * 14.5 / 28).tolist()
-    digit = resized_crop(ink[None], round(row), round(column), side, side, 28)
+    centre = drawn.float().mean(dim=0) + 0.5  # because the middle of pixel i is at i + 0.5
+    top, left = (centre - side * 14.5 / 28).round().int().tolist()
+    digit = resized_crop(ink[None], top, left, side, side, 28)
     digit = digit / digit.max()
     # Bring the mean closer to that of MNIST's training images, 0.1307: this makes the strokes of a
     # pencil bolder, and those of a felt pen thinner.
@@ -457,7 +461,7 @@ def read_picture(file):
     """Read a picture file; return the image of its digit in MNIST's format (1, 28, 28)."""
     image = ImageOps.exif_transpose(Image.open(file))  # upright, as its camera says
     level, alpha = pil_to_tensor(image.convert("LA")).float()
-    # What is transparent becomes white; below strokes that are nearly white, it becomes black.
+    # What is transparent becomes white; but if the strokes are nearly white, it becomes black.
     on_black = level * alpha / 255
     on_white = on_black + 255 - alpha
     return mnist_form(on_white if on_white.min() < 225 else on_black)
@@ -511,20 +515,20 @@ def find_device(name):
     return torch.device(name)
 
 
-def make_parser(description, peak):
+def make_parser(description, one_cycle_lr):
     """Return an argparse parser with the options that both scripts share.
 
-    peak: the learning rate of --one-cycle if --lr is not given.
+    one_cycle_lr: the learning rate of --one-cycle if --lr is not given.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.set_defaults(peak=peak)
+    parser.set_defaults(one_cycle_lr=one_cycle_lr)
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=10, help="0: only evaluate (default: 10)")
     add("--batch-size", type=positive_int, default=100, help="images per step (default: 100)")
-    add("--lr", type=float, help=f"learning rate (default: 0.001, or {peak} with --one-cycle)")
+    add("--lr", type=float, help=f"default: 0.001, or {one_cycle_lr} with --one-cycle")
     add("--one-cycle", action="store_true", help="raise the learning rate to --lr, then lower it")
     add("--augment", action="store_true", help="rotate, scale and shift training images at random")
     add("--seed", type=int, default=0, help="same seed and machine, same weights (default: 0)")
@@ -553,19 +557,19 @@ def make_parser(description, peak):
 def parse_args(parser, argv, data=None):
     """Parse `argv`, a list or a string (None: the command line), and check the options.
 
-    data: None, or the Data of a caller who does not use the options that select data.
+    data: the caller's own Data, if any; with it, some options are refused.
     """
     if argv is None:
-        # In a console or notebook, __main__ is no file, or the file of the console; then, sys.argv
-        # belongs to the console.
+        # In a console or a notebook, sys.argv has the console's own arguments. A program has a
+        # file; of the consoles, only these two have one.
         consoles = ("kernel_launcher.py", "pydevconsole.py")
-        is_script = hasattr(sys.modules["__main__"], "__file__")
-        argv = sys.argv[1:] if is_script and not sys.argv[0].endswith(consoles) else []
+        has_file = hasattr(sys.modules["__main__"], "__file__")
+        argv = sys.argv[1:] if has_file and not sys.argv[0].endswith(consoles) else []
     elif isinstance(argv, str):
         argv = argv.split()
     args = parser.parse_args([str(word) for word in argv])
     if args.lr is None:
-        args.lr = args.peak if args.one_cycle else 0.001
+        args.lr = args.one_cycle_lr if args.one_cycle else 0.001
     if args.predict and not args.load:
         parser.error("argument --predict: needs trained weights; add --load FILE")
     if args.predict and args.dataset not in ("mnist", "synthetic"):
@@ -574,8 +578,7 @@ def parse_args(parser, argv, data=None):
         parser.error("argument --errors: the file name must end in .png")
     if data and (args.limit or args.validate):
         parser.error("--limit and --validate do not split your own data; split it yourself")
-    sampler = getattr(data and data.eval_loader, "sampler", None)
-    if args.errors and "Random" in type(sampler).__name__:
+    if data and args.errors and "Random" in str(getattr(data.eval_loader, "sampler", "")):
         parser.error("argument --errors: eval_loader must not shuffle the images")
     for file in filter(None, (args.save, args.log, args.errors)):
         folder = os.path.dirname(os.path.realpath(file))  # for a link: the folder of its target
@@ -597,8 +600,8 @@ def set_up(seed):
     # https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     torch.backends.cudnn.deterministic = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
-    # On Linux, glibc returns freed memory to the system, and getting it back for the next training
-    # step takes time. These two settings make the process keep it, see mallopt(3).
+    # On Linux, the C library (glibc) returns freed memory to the system, and getting it back for
+    # the next training step takes time. With these settings, the process keeps it: see mallopt(3).
     with contextlib.suppress(OSError, AttributeError):  # on a system without glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
@@ -639,6 +642,6 @@ def run(main):
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EINVAL):
             raise
-        # The reader of a pipe has gone; Windows calls that EINVAL. sys.exit would flush stdout, and
-        # fail again.
+        # The program that reads our output has ended; Windows calls that EINVAL. sys.exit would
+        # write the rest of the output, and fail again.
         os._exit(1)
