@@ -1,12 +1,15 @@
-"""Run the Python cells of the README in order, on small data, in an empty folder.
+"""Run the Python cells of the README on small data, in an empty folder.
 
 .venv/bin/python .ci/readme.py        (needs matplotlib and scikit-learn)
+
+First each chapter alone, then all chapters in one process, as in one notebook.
 """
 
 import csv
 import inspect
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,11 +18,11 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ["MPLBACKEND"] = "Agg"
 sys.path.insert(0, str(ROOT))
 
 import cnn_mnist  # noqa: E402
 import common  # noqa: E402
+import rnn_mnist  # noqa: E402
 import test_scripts  # noqa: E402
 
 
@@ -37,6 +40,7 @@ def make_files():
         writer.writerow(["activity", *range(150)])
         for name in ("walk", "run", "climb") * 100:
             writer.writerow([name, *torch.randn(150).tolist()])
+        file.write("\n")
     for split in ("train", "test"):
         for name, colour in (("oak", "green"), ("maple", "red")):
             folder = Path("leaves", split, name)
@@ -46,29 +50,60 @@ def make_files():
     Image.new("RGB", (60, 50), "green").save("leaf.jpg")
 
 
-def pasted(program):
-    """Return the file to hand in with what it asks to paste."""
-    section = r"# ---- loaders and evaluation.*(?=# ---- report ----)"
-    section = re.search(section, inspect.getsource(common), re.DOTALL)[0]
-    content = inspect.getsource(cnn_mnist.CNN) + section
+def run(title, program, *options):
+    """Run a program in a new process."""
+    print(f"---- {title} ----", flush=True)
+    Path("program.py").write_text(program, encoding="utf-8")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    subprocess.run([sys.executable, "program.py", *options], env=env, check=True)
+
+
+def section(name):
+    """Return the section of common.py with this heading."""
+    pattern = rf"# ---- {name} ----.*?(?=# ---- )"
+    return re.search(pattern, inspect.getsource(common), re.DOTALL)[0]
+
+
+def pasted(program, network):
+    """Return the file to hand in with what it asks to paste, and the network of that name."""
+    script = cnn_mnist if network == "CNN" else rnn_mnist
+    content = inspect.getsource(getattr(script, network)) + section("loaders and evaluation")
     program, count = re.subn("# Paste here .*", lambda _: content, program)
     assert count == 1
-    return program
+    return program.replace("model = CNN()", f"model = {network}()")
 
 
-cells = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-*coursework, hand_in = cells
+chapters = {}
+for chapter in re.split(r"^## ", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M)[1:]:
+    cells = re.findall(r"```python\n(.*?)```", chapter, re.DOTALL)
+    if cells:
+        chapters[chapter.partition("\n")[0]] = cells
+
 with tempfile.TemporaryDirectory() as folder:
     os.chdir(folder)
     make_files()
-    namespace = {}
-    for number, cell in enumerate(coursework, start=1):
-        print(f"---- cell {number} of {len(coursework)} ----", flush=True)
-        exec(compile(cell, f"cell {number}", "exec"), namespace)
-    print("---- the file to hand in ----", flush=True)
-    namespace = {}
-    exec(compile(pasted(hand_in), "hand_in.py", "exec"), namespace)
-    _, expected = cnn_mnist.main("--device auto")
-    difference = abs(namespace["evaluation"].loss - expected.loss)
-    assert difference < 0.01, difference  # the memory format may change the rounding
+    (own_network,) = chapters.pop("Your own network as a program")
+    run("an own network as a program", own_network, "--epochs", "1")
+    (hand_in,) = chapters.pop("One file to hand in")
+    for network, script in (("CNN", "cnn_mnist"), ("RNN", "rnn_mnist")):
+        # It trains as the script does, up to the rounding.
+        check = f'import {script}\n_, expected = {script}.main("--device auto")\n'
+        check += "assert abs(evaluation.loss - expected.loss) < 0.01\n"
+        run(f"the file to hand in, {network}", pasted(hand_in, network) + check)
+    augmented = hand_in.replace("# batch = ", "batch = ")
+    validated = augmented.replace(
+        "Loader(images, labels,", "Loader(images[:-5000], labels[:-5000],"
+    )
+    validated = re.sub(
+        "(?m)^eval_loader = .*", "eval_loader = Loader(images[-5000:], labels[-5000:])", validated
+    )
+    pictures = section("pictures of your own").partition("@torch.no_grad()")[0]
+    imports = "from PIL import Image, ImageOps\nfrom torchvision.transforms.functional import "
+    imports += "pil_to_tensor, resize, resized_crop\n"
+    print_digit = 'print(model.to("cpu").eval()(read_picture("seven.png")[None]).argmax())\n'
+    everything = imports + pasted(validated, "CNN") + pictures + print_digit
+    run("the file to hand in, augmented, validated, with pictures", everything)
+    for title, cells in chapters.items():
+        run(f"{title}, alone", "\n".join(cells))
+    run("all in one", "\n".join(cell for cells in chapters.values() for cell in cells))
     os.chdir(ROOT)
