@@ -3,9 +3,9 @@
 python cnn_mnist.py --epochs 10 --device cuda
 python cnn_mnist.py --one-cycle --augment --save cnn.pt
 
-common.py has to lie beside this file (the package of that name on PyPI is another one). The
-training loop stands in rnn_mnist.py, too, so that you can read each script alone. They differ in
-the network, its options, the learning rate of --one-cycle, and the shift of --augment.
+common.py has to lie beside this file; it is not the package of that name on PyPI. The training loop
+stands in rnn_mnist.py, too, so that you can read each script alone. The scripts differ in the
+network, its options, the learning rate of --one-cycle, and the shift of --augment.
 """
 
 import time
@@ -32,8 +32,8 @@ class CNN(nn.Module):
 
     def forward(self, x):
         if x.device.type == "cpu":
-            # Same shape, but another order in memory: the channels of a pixel lie side by side.
-            # With it, a CPU trains in two thirds of the time.
+            # The shape stays, but all layers below then keep the channels last in memory, which
+            # takes a CPU two thirds of the time. (For one channel, to() would change nothing.)
             x = x.clone(memory_format=torch.channels_last)
         # ReLU and max pooling can be swapped. Pooling first leaves fewer values for ReLU.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))  # (N, 16, 14, 14)
@@ -75,7 +75,7 @@ def main(argv=None, model=CNN, data=None):
     criterion = nn.CrossEntropyLoss()
     # fused=True is faster. Other optimizers than Adam, AdamW and SGD may not have it.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    if args.one_cycle:  # The scheduler sets the learning rate of each step, at most args.lr.
+    if args.one_cycle:  # The learning rate rises to args.lr, then falls.
         total_steps = max(1, args.epochs * steps)  # with 0 epochs, OneCycleLR would fail
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps)
     for epoch in range(1, args.epochs + 1):
@@ -86,15 +86,15 @@ def main(argv=None, model=CNN, data=None):
             # for your own loader; the batches of common.Loader are on the device already
             images, labels = images.to(args.device), labels.to(args.device)
             if args.augment:
-                images = common.random_affine(images, shift=1)  # in pixels; 2 is not better
-            logits = model(images)
+                images = common.random_affine(images, shift=1)  # in pixels; the LSTM uses 2
+            logits = model(images)  # (N, 10)
             loss = criterion(logits, labels)
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # because backward() adds to the gradients
             loss.backward()
             optimizer.step()
             if args.one_cycle:
                 scheduler.step()
-            losses.append(loss.detach())  # not loss.item(), which would wait for the GPU
+            losses.append(loss.detach())  # loss.item() would wait for the GPU in each step
             if step % 100 == 0 or step == steps:
                 print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
         train_loss = torch.stack(losses).mean().item()
@@ -109,7 +109,7 @@ def main(argv=None, model=CNN, data=None):
             common.write_log(args.log, epoch, data, train_loss, evaluation, seconds)
 
     # report
-    if args.epochs < 1:
+    if args.epochs < 1:  # Otherwise, the loop has evaluated.
         evaluation = common.evaluate(model, data.eval_loader)
     common.report(args, data, evaluation)
     model.eval()
@@ -117,4 +117,4 @@ def main(argv=None, model=CNN, data=None):
 
 
 if __name__ == "__main__":
-    model, evaluation = common.run(main)  # after %run, a notebook has both
+    model, evaluation = common.run(main)  # so that a notebook has both after %run cnn_mnist.py

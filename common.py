@@ -1,9 +1,9 @@
 """Code shared by cnn_mnist.py and rnn_mnist.py, which contain the networks and the training loop.
 
-Read "loaders and evaluation" and "data" to understand a run. Look up "report" and "weights and
-files": they print and write the results. You can skip the rest: "pictures of your own" is for
---predict, "options" for argparse, "setup and errors" for repeatable runs and clear messages
-(UserError and reason are defined there).
+To understand a run, read as_floats, Loader and evaluate, then Data and load_data. Look up the other
+functions of these sections, and "report" and "weights and files", which print, save and load. You
+can skip the rest: "pictures of your own" is for --predict, "options" for argparse, "setup and
+errors" for repeatable runs and clear messages (UserError and reason are defined there).
 """
 
 import argparse
@@ -55,7 +55,7 @@ class Loader:
         count = len(self.labels)
         order = torch.arange(count)
         if self.generator:
-            # device="cpu" is that of the generator; a notebook may have another default device.
+            # The generator is on the CPU, even if a notebook has set another default device.
             order = torch.randperm(count, generator=self.generator, device="cpu")
         for indices in order.to(self.labels.device).split(self.batch_size):
             yield self.images[indices], self.labels[indices]
@@ -77,7 +77,7 @@ def evaluate(model, loader):
         all_labels.append(labels)
     model.train(training)
     logits = torch.cat(all_logits).cpu()
-    labels = torch.cat(all_labels).cpu().long()  # labels in uint8 would overflow below
+    labels = torch.cat(all_labels).cpu().long()  # with 17 classes, uint8 would overflow below
     # Number each pair of a true and a predicted class (with 10 classes, true 3 and predicted 5 are
     # number 35), and count how often each number occurs.
     size = logits.shape[1]
@@ -103,9 +103,9 @@ def print_tables(confusion, names):
     for name, p, r, f, count in zip(names, precision, recall, f1, counts, strict=True):
         print(f"{name:<{width}}{p:>10.4f}{r:>10.4f}{f:>10.4f}{count:>10}")
     print("Confusion matrix (rows: true classes, columns: predicted classes):")
-    # Show whole names if the matrix still fits in 80 characters; otherwise, cut them. There is a
-    # space before each column, so the column itself is one narrower.
-    column = max(5, min(width, (80 - width) // len(names)) - 1)
+    # Show whole names if the matrix still fits in 80 characters; otherwise, cut them.
+    room = (80 - width) // len(names)
+    column = max(6, min(width, room)) - 1  # without the space before each column
     print(" " * width + "".join(f" {name[:column]:>{column}}" for name in names))
     for name, row in zip(names, confusion.tolist(), strict=True):
         print(f"{name:<{width}}" + "".join(f" {count:>{column}}" for count in row))
@@ -118,14 +118,13 @@ def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
     degrees, scale (a fraction) and shift (in pixels along each axis) are the maximum changes.
     """
     count, _, height, width = images.shape
-    # (N,) each, in [-1, 1)
+    # four vectors (N,) of random numbers in [-1, 1)
     angle, zoom, dx, dy = torch.rand(4, count, device=images.device, generator=generator) * 2 - 1
     angle *= math.radians(degrees)
     zoom = 1 + zoom * scale
     # affine_grid needs the inverse map: for each output pixel, the input position that it is copied
     # from. That is a rotation matrix divided by zoom, then the shift. In affine_grid's coordinates,
-    # an image is 2 units wide and 2 units high. Therefore, if it is not square, the two elements
-    # that mix x and y need a factor.
+    # any image is 2 units wide and 2 units high; height / width converts units of y to units of x.
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     x_row = [cos, -sin * (height / width), dx * shift * 2 / width]
     y_row = [sin * (width / height), cos, dy * shift * 2 / height]
@@ -154,7 +153,7 @@ def draw_digits(count, generator):
         digits[digit] = pil_to_tensor(picture)
     labels = torch.randint(10, (count,), generator=generator)
     # A strong distortion makes these digits about as hard to learn as MNIST. 500 images at a time
-    # fit in the CPU's cache, which is faster.
+    # fit in the CPU's cache, which is faster. digits[part] has the picture of each label.
     parts = [random_affine(digits[part], 30, 0.4, 4, generator) for part in labels.split(500)]
     return torch.cat(parts).round().byte().squeeze(1), labels
 
@@ -228,7 +227,7 @@ def load_data(args):
 
 
 def describe(loader, split):
-    """Return how many samples a Loader or a torch DataLoader yields in an epoch, in words."""
+    """Return how many samples a Loader or a DataLoader yields, such as "1,000 test samples"."""
     if not loader.batch_size:  # a DataLoader with its own batch_sampler
         return f"{len(loader):,} {split} batches"
     # The sampler of a DataLoader may select samples; drop_last leaves out an incomplete batch.
@@ -275,9 +274,9 @@ def write_log(file, epoch, data, train_loss, evaluation, seconds):
 def report(args, data, evaluation):
     """Print the final report and, with --errors, draw the misclassified images."""
     print("Training finished." if args.epochs > 0 else format_scores(data, evaluation))
+    # A network may have more outputs than there are names; the others are numbered.
     outputs = len(evaluation.confusion)
-    named = len(data.classes)
-    names = [data.classes[i] if i < named else str(i) for i in range(outputs)]
+    names = data.classes[:outputs] + [str(i) for i in range(len(data.classes), outputs)]
     if outputs > 50:
         print(f"No tables of {outputs:,} outputs; the confusion matrix is in what main returns.")
     else:
@@ -379,9 +378,10 @@ def find_ink(grey):
 
     The longer side has 256 pixels. Raises ValueError if there is hardly any contrast.
     """
-    # Most pixels are paper, so the median is the level of the paper. Only a 1 can fill its picture,
-    # but then the picture is narrow; so repeat its edge until it is a square. If the median is
-    # nearer to the darkest pixel than to the lightest one, the ink is light: invert.
+    # Most pixels are paper, so the median is the level of the paper. If it is nearer to the darkest
+    # pixel than to the lightest one, the ink is light: invert. But a 1 that is cut out at its edges
+    # is mostly ink. So first make the narrow picture square, by repeating its right edge, which is
+    # mostly paper.
     height, width = grey.shape
     square = F.pad(grey[None], (0, 256 - width, 0, 256 - height), mode="replicate")
     if square.median() - grey.min() < grey.max() - square.median():
@@ -444,8 +444,8 @@ def mnist_form(grey):
     ink = main_components(find_ink(resize(grey[None], [height, width])[0]))
     drawn = (ink > 0.25).nonzero()  # (pixels, 2): the strokes, without their blurred edge
     longer = 1 + (drawn.amax(dim=0) - drawn.amin(dim=0)).max().item()
-    # MNIST scales a digit to 20 of 28 pixels, measured at the outer edges of thick strokes. Most
-    # people's strokes are thinner. At 20 pixels, they would lie further out than those of MNIST.
+    # MNIST scales a digit to 20 of 28 pixels, measured at the outer edges of its thick strokes.
+    # Most people's strokes are thinner; at 20 pixels, they would lie further out. Hence 19.
     side = round(longer * 28 / 19)
     centre = drawn.float().mean(dim=0) + 0.5  # because the middle of pixel i is at i + 0.5
     top, left = (centre - side * 14.5 / 28).round().int().tolist()
@@ -525,7 +525,7 @@ def make_parser(description, one_cycle_lr):
     )
     parser.set_defaults(one_cycle_lr=one_cycle_lr)
 
-    add = parser.add_argument_group("training").add_argument
+    add = parser.add_argument_group("training").add_argument  # add(...) adds to this group
     add("--epochs", type=int, default=10, help="0: only evaluate (default: 10)")
     add("--batch-size", type=positive_int, default=100, help="images per step (default: 100)")
     add("--lr", type=float, help=f"default: 0.001, or {one_cycle_lr} with --one-cycle")
@@ -543,7 +543,7 @@ def make_parser(description, one_cycle_lr):
     )
     add("--data-dir", default="data", help="dataset folder (default: data)")
     add("--limit", type=positive_int, help="train on the first LIMIT training images")
-    add("--validate", type=positive_int, help="hold out the last training images for evaluation")
+    add("--validate", type=positive_int, help="evaluate on the last VALIDATE training images")
 
     add = parser.add_argument_group("results").add_argument
     add("--log", help="CSV file for the losses, accuracy and time of each epoch")
@@ -560,8 +560,8 @@ def parse_args(parser, argv, data=None):
     data: the caller's own Data, if any; with it, some options are refused.
     """
     if argv is None:
-        # In a console or a notebook, sys.argv has the console's own arguments. A program has a
-        # file; of the consoles, only these two have one.
+        # In a console, such as a notebook's, sys.argv belongs to the console. There, __main__ has
+        # no file, except in the consoles of Visual Studio Code and PyCharm, which are these.
         consoles = ("kernel_launcher.py", "pydevconsole.py")
         has_file = hasattr(sys.modules["__main__"], "__file__")
         argv = sys.argv[1:] if has_file and not sys.argv[0].endswith(consoles) else []
@@ -578,6 +578,7 @@ def parse_args(parser, argv, data=None):
         parser.error("argument --errors: the file name must end in .png")
     if data and (args.limit or args.validate):
         parser.error("--limit and --validate do not split your own data; split it yourself")
+    # The samplers that shuffle are RandomSampler, SubsetRandomSampler and WeightedRandomSampler.
     if data and args.errors and "Random" in str(getattr(data.eval_loader, "sampler", "")):
         parser.error("argument --errors: eval_loader must not shuffle the images")
     for file in filter(None, (args.save, args.log, args.errors)):
@@ -596,7 +597,7 @@ def parse_args(parser, argv, data=None):
 def set_up(seed):
     """Set the random seed, and change GPU, memory and printing settings of the whole process."""
     torch.manual_seed(seed)
-    # With these settings, a GPU computes the same weights for the same seed, see
+    # With these two settings, a GPU computes the same weights for the same seed. They are from
     # https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     torch.backends.cudnn.deterministic = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
@@ -619,7 +620,7 @@ class UserError(Exception):
 
 
 def reason(error):
-    """Return the first sentence of an exception's message, in at most 200 characters."""
+    """Return the first sentence of an error's message, in at most 200 characters."""
     message = str(error) or type(error).__name__
     return textwrap.shorten(message, 200, placeholder=" ...").partition(". ")[0]
 
@@ -642,6 +643,6 @@ def run(main):
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EINVAL):
             raise
-        # The program that reads our output has ended; Windows calls that EINVAL. sys.exit would
-        # write the rest of the output, and fail again.
+        # EPIPE (on Windows, EINVAL): the program that reads our output has ended. sys.exit would
+        # try to write what is left of the output, and fail; os._exit does not.
         os._exit(1)

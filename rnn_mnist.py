@@ -3,9 +3,9 @@
 python rnn_mnist.py --hidden 128
 python rnn_mnist.py --one-cycle --augment --save rnn.pt
 
-common.py has to lie beside this file (the package of that name on PyPI is another one). The
-training loop stands in cnn_mnist.py, too, so that you can read each script alone. They differ in
-the network, its options, the learning rate of --one-cycle, and the shift of --augment.
+common.py has to lie beside this file; it is not the package of that name on PyPI. The training loop
+stands in cnn_mnist.py, too, so that you can read each script alone. The scripts differ in the
+network, its options, the learning rate of --one-cycle, and the shift of --augment.
 """
 
 import time
@@ -33,7 +33,7 @@ class RNN(nn.Module):
     def forward(self, x):
         if x.dim() == 4:
             x = x.squeeze(1)  # (N, 28, 28), without the channel of an image
-        out, _ = self.lstm(x)  # (N, T, hidden_size)
+        out, _ = self.lstm(x)  # (N, T, hidden_size); the last state is not needed
         return self.fc(out[:, -1])  # (N, 10), from the last time step, which has seen all rows
 
 
@@ -55,13 +55,13 @@ def main(argv=None, model=RNN, data=None):
         "--hidden",
         type=common.positive_int,
         default=128,
-        help="hidden size; with --load, type that of the saved network (default: 128)",
+        help="hidden size; with --load, repeat that of the saved network (default: 128)",
     )
     parser.add_argument(
         "--layers",
         type=common.positive_int,
         default=2,
-        help="number of LSTM layers; with --load, type that of the saved network (default: 2)",
+        help="number of LSTM layers; with --load, repeat that of the saved network (default: 2)",
     )
     args = common.parse_args(parser, argv, data)
     common.set_up(args.seed)
@@ -87,7 +87,7 @@ def main(argv=None, model=RNN, data=None):
     criterion = nn.CrossEntropyLoss()
     # fused=True is faster. Other optimizers than Adam, AdamW and SGD may not have it.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    if args.one_cycle:  # The scheduler sets the learning rate of each step, at most args.lr.
+    if args.one_cycle:  # The learning rate rises to args.lr, then falls.
         total_steps = max(1, args.epochs * steps)  # with 0 epochs, OneCycleLR would fail
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps)
     for epoch in range(1, args.epochs + 1):
@@ -98,15 +98,15 @@ def main(argv=None, model=RNN, data=None):
             # for your own loader; the batches of common.Loader are on the device already
             images, labels = images.to(args.device), labels.to(args.device)
             if args.augment:
-                images = common.random_affine(images, shift=2)  # in pixels
-            logits = model(images)
+                images = common.random_affine(images, shift=2)  # in pixels; the CNN uses 1
+            logits = model(images)  # (N, 10)
             loss = criterion(logits, labels)
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # because backward() adds to the gradients
             loss.backward()
             optimizer.step()
             if args.one_cycle:
                 scheduler.step()
-            losses.append(loss.detach())  # not loss.item(), which would wait for the GPU
+            losses.append(loss.detach())  # loss.item() would wait for the GPU in each step
             if step % 100 == 0 or step == steps:
                 print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
         train_loss = torch.stack(losses).mean().item()
@@ -121,7 +121,7 @@ def main(argv=None, model=RNN, data=None):
             common.write_log(args.log, epoch, data, train_loss, evaluation, seconds)
 
     # report
-    if args.epochs < 1:
+    if args.epochs < 1:  # Otherwise, the loop has evaluated.
         evaluation = common.evaluate(model, data.eval_loader)
     common.report(args, data, evaluation)
     model.eval()
@@ -129,4 +129,4 @@ def main(argv=None, model=RNN, data=None):
 
 
 if __name__ == "__main__":
-    model, evaluation = common.run(main)  # after %run, a notebook has both
+    model, evaluation = common.run(main)  # so that a notebook has both after %run rnn_mnist.py
