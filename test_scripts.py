@@ -42,7 +42,7 @@ RAW = Path("data/MNIST/raw")
 parametrize = pytest.mark.parametrize
 HERE = Path(__file__).resolve().parent
 DEVICES = ["cpu"]
-with contextlib.suppress(argparse.ArgumentTypeError):  # an accelerator that cannot compute
+with contextlib.suppress(argparse.ArgumentTypeError):  # if an accelerator cannot compute
     DEVICES = sorted({"cpu", common.find_device("auto").type})
 
 # One thread, here and in subprocesses: on a busy machine, several would wait for each other.
@@ -236,9 +236,9 @@ def test_bug_test_set_never_evaluated(script, train):
 
 
 @parametrize(("size", "steps"), [(100, "3/3"), (125, "2/2"), (1000, "1/1"), (2, "100/125 125/125")])
-def test_bug_steps_counted_without_the_last_batch(size, steps, train):
+def test_bug_steps_counted_without_the_last_batch(script, size, steps, train):
     """250 images are three steps of 100, because the last, incomplete batch is a step, too."""
-    run = train(cnn_mnist, f"--epochs 1 --batch-size {size}")
+    run = train(script, f"--epochs 1 --batch-size {size}")
     assert re.findall(r"Step \[(.*)\]", run.output) == steps.split()
 
 
@@ -250,11 +250,11 @@ def test_smoke_one_batch(script, device, train):
     after = train(script, f"--device {device} --epochs 1 --limit 100").model
     for old, new in zip(before.parameters(), after.parameters(), strict=True):
         assert new.device.type == device
-        assert new.isfinite().all()
         assert not torch.equal(old, new)
 
 
 def test_defaults_train_as_the_tutorial_does(script, train):
+    assert parse("").batch_size == 100
     trained = train(script, "--epochs 2 --log log.csv")
     model = train(script, "--epochs 0").model
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
@@ -294,15 +294,16 @@ def test_one_cycle_peaks_after_30_percent_of_the_steps(script, options, peak, tr
     hook = register_optimizer_step_pre_hook(
         lambda adam, *_: rates.append(adam.param_groups[0]["lr"])
     )
-    train(script, f"--one-cycle --epochs 10 {options}")  # 30 steps
+    train(script, f"--one-cycle --epochs 10 {options}")  # 30 steps; the ninth has the peak
     hook.remove()
     assert [rates[0], rates[8], rates[-1]] == approx([peak / 25, peak, peak / 250_000])
 
 
 def test_augment_moves_the_training_images_and_no_test_image(script, train, monkeypatch):
+    plain = train(script, "--epochs 1").model
     calls = spy(monkeypatch, common, "random_affine")
-    train(script, "--augment --epochs 4")
-    assert sum(len(images) for (images,), _ in calls) == 4 * 250
+    assert not same_weights(plain, train(script, "--epochs 1 --augment").model)
+    assert sum(len(images) for (images,), _ in calls) == 250
     assert calls[0][1] == {"shift": 1 if script is cnn_mnist else 2}
 
 
@@ -312,16 +313,16 @@ def test_random_affine_works_in_pixels(device):
     Each pixel of these images holds its own position, so the result says where it came from.
     """
     y, x = torch.meshgrid(torch.arange(20.0), torch.arange(60.0), indexing="ij")
-    images = torch.stack([x, y]).expand(5000, 2, 20, 60).to(device)
+    images = torch.stack([1 + x, 1 + y]).expand(5000, 2, 20, 60).to(device)  # 0 is outside
     moved = common.random_affine(images).cpu()
     here, right, below = moved[:, :, 9, 29], moved[:, :, 9, 30], moved[:, :, 10, 29]
     cos, sin = (right - here).T
     assert torch.allclose(below - here, torch.stack([-sin, cos], dim=1), atol=1e-3)
     assert torch.atan2(sin, cos).rad2deg().aminmax() == approx((-10, 10), abs=0.1)
     assert torch.hypot(sin, cos).reciprocal().aminmax() == approx((0.9, 1.1), abs=0.001)
-    centre = (right + below) / 2  # of the image, half a pixel to the right and half a pixel below
-    assert (centre - torch.tensor([29.5, 9.5])).aminmax() == approx((-2, 2), abs=0.01)
-    assert moved.amin(dim=(2, 3)).median() == 0  # outside the original image
+    shift = (right + below) / 2 - torch.tensor([30.5, 10.5])  # of the centre of the image
+    assert shift.abs().amax(dim=0).tolist() == approx([2, 2], abs=0.01)
+    assert moved.amin(dim=(2, 3)).median() == 0  # most images show something of the outside
 
 
 @parametrize("options", ["", "--one-cycle --augment"])
@@ -357,10 +358,9 @@ def test_limit_takes_the_first_images_and_validate_the_last_ones(small_mnist):
     assert torch.equal(data.eval_loader.labels, full.labels[10:])
 
 
-@parametrize("count", [250, 1000])
-def test_no_training_images_left_is_an_error_before_training(count, fail):
+def test_no_training_images_left_is_an_error_before_training(fail):
     says = "error: no samples in a loader; use a smaller --validate, or more data"
-    assert fail(cnn_mnist, f"--validate {count}") == (1, says, "")
+    assert fail(cnn_mnist, "--validate 250") == (1, says, "")
 
 
 def test_synthetic_digits_do_not_leak_and_are_the_same_for_each_seed():
@@ -392,6 +392,7 @@ def test_real_mnist_is_learned(capsys):
 def test_an_import_changes_nothing():
     program = """if True:
         import ctypes, os, sys, torchvision
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)  # another test may have set it
         from torch import backends, initial_seed
         def state():
             settings = backends.cudnn.deterministic, initial_seed(), sys.stdout.line_buffering
@@ -424,7 +425,8 @@ def test_a_notebook_shows_an_error_as_one_line_and_goes_on(script, monkeypatch):
 def test_a_program_has_options_and_a_console_keeps_its_own(program, has_file, epochs, monkeypatch):
     main = SimpleNamespace(__file__=program) if has_file else SimpleNamespace()
     monkeypatch.setitem(sys.modules, "__main__", main)
-    monkeypatch.setattr(sys, "argv", [program, "--epochs", "3", "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", [program, "--epochs", "3"])
+    monkeypatch.setattr(common, "find_device", str)
     assert common.parse_args(common.make_parser("", 0.01), None).epochs == epochs
 
 
@@ -472,8 +474,8 @@ def test_a_letter_that_the_terminal_cannot_print_becomes_a_question_mark(script,
 
 
 WRONG_OPTIONS = [
-    *("--epochs x", "--seed x", "--lr fast", "--dataset emnist", "--device gpu", "--device meta"),
-    *("--batch-size 0", "--batch-size y", "--limit 0", "--validate 0", "--hidden 0", "--layers 0"),
+    *("--epochs x", "--lr fast", "--dataset emnist", "--device gpu"),
+    *("--batch-size 0", "--limit 0", "--validate 0", "--hidden 0", "--layers 0"),
     *("--errors mistakes.jpg", "--predict 7.png", "--predict 7.png --load w.pt --dataset kmnist"),
     "--predict 7.png --load w.pt --dataset fashion-mnist",
 ]
@@ -486,8 +488,10 @@ def test_a_wrong_option_is_named(options, fail):
     assert f"error: argument {options.split()[0]}: " in failure.message
 
 
-def test_help_is_printed(script, fail):
-    assert fail(script, "--help").status == 0
+def test_help_groups_the_options(script, fail):
+    page = fail(script, "--help")
+    assert page.status == 0
+    assert "\n\nresults:\n" in page.output
 
 
 def test_device_auto_is_the_accelerator_otherwise_the_cpu(monkeypatch):
@@ -601,7 +605,7 @@ def test_wrong_own_data_is_an_error_when_it_is_made():
     full, empty = own_loader(60, [4]), own_loader(60, [4], sampler=SubsetRandomSampler([]))
     with raises(UserError, match="no samples in a loader"):
         common.Data(full, empty, ["a", "b", "c"])
-    with raises(TypeError):
+    with raises(TypeError, match="not iterable"):
         common.Data(full, full, 3)
 
 
@@ -631,7 +635,6 @@ def test_each_output_has_a_name_or_a_number(outputs, capsys):
 def test_many_outputs_print_no_tables(train):
     run = train(cnn_mnist, "--epochs 1", flat(4, 51), own_data([4], "abc"))
     assert "\nNo tables of 51 outputs;" in run.output
-    assert "Precision" not in run.output
 
 
 # ---- evaluate and report ----
@@ -651,17 +654,11 @@ def test_evaluate_computes_each_figure(device):
     evaluation = common.evaluate(model, DataLoader(TensorDataset(logits, labels), 3))
     assert evaluation.loss == approx(0.79859, abs=1e-4)  # (3 ln(1 + e^-3) + ln(1 + e^3)) / 4
     assert evaluation.accuracy == 0.75
-    assert type(evaluation.loss) is type(evaluation.accuracy) is float
     assert evaluation.confusion.tolist() == [[2, 1], [0, 1]]
     assert torch.equal(evaluation.logits, logits)
     assert torch.equal(evaluation.labels, labels)
     assert not evaluation.logits.requires_grad
     assert all(module.training for module in model.modules())  # as before
-
-
-def test_labels_of_few_bits_do_not_overflow():
-    evaluation = common.evaluate(identity(17), [(torch.eye(17), torch.arange(17).byte())])
-    assert evaluation.accuracy == 1
 
 
 def test_evaluation_does_not_change_the_training(script, train, monkeypatch):
@@ -695,7 +692,7 @@ def test_tables_of_three_classes(capsys):
     assert capsys.readouterr().out == THREE_CLASSES
 
 
-def test_tables_fit_in_80_columns_and_columns_do_not_touch(capsys):
+def test_tables_of_long_names_and_large_counts(capsys):
     common.print_tables(torch.full((10, 10), 10**6), datasets.FashionMNIST.classes)
     output = capsys.readouterr().out
     assert FASHION in output
@@ -723,20 +720,19 @@ def test_zero_epochs_only_evaluate(script, train):
     header, scores, *_ = run.output.splitlines()
     assert header.endswith("Data: mnist (130 test samples)")
     assert scores.startswith(f"Test loss: {run.evaluation.loss:.4f}, Test accuracy: ")
-    assert "Training finished." not in run.output
 
 
 def test_validation_is_called_so(script, train):
     output = train(script, "--epochs 1 --validate 120 --log log.csv").output
     assert "mnist (130 training samples, 120 validation samples)" in output
     assert "Validation loss: " in output
-    assert "Validation accuracy: " in output
     assert "Test" not in output
     head = "epoch,train_loss,validation_loss,validation_accuracy,seconds"
     assert Path("log.csv").read_text().startswith(head)
 
 
-def test_each_epoch_is_logged_and_saved(script, train, file):
+def test_each_epoch_is_logged_and_saved(script, train, file, monkeypatch):
+    saved = spy(monkeypatch, common, "save_weights")
     run = train(script, f"--epochs 2 --save weights.pt --log {file}")
     head, first, last = file.read_text().splitlines()
     assert head == "epoch,train_loss,test_loss,test_accuracy,seconds"
@@ -744,7 +740,7 @@ def test_each_epoch_is_logged_and_saved(script, train, file):
     scores = f"{run.evaluation.loss:.6f},{run.evaluation.accuracy:.6f}"
     assert re.fullmatch(rf"2,\d\.\d{{6}},{scores},(\d+\.\d\d)", last)
     assert float(last.split(",")[-1]) == numbers_after("Time", run.output)[-1]
-    assert same_weights(run.model, train(script, "--epochs 0 --load weights.pt").model)
+    assert len(saved) == 2
 
 
 def test_time_is_that_of_training_until_the_gpu_has_finished(script, train, monkeypatch):
@@ -763,18 +759,15 @@ def test_time_is_that_of_training_until_the_gpu_has_finished(script, train, monk
     assert numbers_after("Time", run.output) == [6, 6]
 
 
-def test_a_loss_that_is_not_finite_saves_nothing(script, fail, file):
-    failure = fail(script, f"--save {file} --log log.csv --lr 1e37")
+@parametrize(("lr", "eval_loss"), [(1e37, 0.5), (0.001, math.inf)])
+def test_a_loss_that_is_not_finite_saves_nothing(script, lr, eval_loss, fail, file, monkeypatch):
+    """In training, or in the evaluation."""
+    monkeypatch.setattr(common, "evaluate", lambda *_: SimpleNamespace(loss=eval_loss))
+    failure = fail(script, f"--save {file} --log log.csv --lr {lr}")
     advice = "try a smaller --lr, or look for values in the data that are not finite"
     assert failure[:2] == (1, f"error: the loss is not finite; {advice}")
-    assert "accuracy" not in failure.output
     assert file.read_text() == "of a former run"
     assert not Path("log.csv").exists()
-
-
-def test_the_loss_of_the_evaluation_has_to_be_finite_too():
-    with raises(UserError):
-        common.check_finite(0.5, math.inf)
 
 
 def draw(images, logits, labels, names=("zero", "one")):
@@ -853,7 +846,7 @@ def test_saved_weights_are_a_plain_state_dict_on_the_cpu(device, train, file):
 
 
 def test_weights_that_somebody_saved_on_a_gpu_are_loaded(train, file, monkeypatch):
-    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:99")
     torch.save(CNN_WEIGHTS, file)
     loaded = train(cnn_mnist, f"--epochs 0 --load {file}").model
     assert torch.equal(loaded.fc.weight, CNN_WEIGHTS["fc.weight"])
@@ -867,7 +860,7 @@ class Harmful:
 
 
 def test_loading_runs_no_code(fail, file, monkeypatch):
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # unless it is passed
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # as torch.load's default
     torch.save({"weights": Harmful()}, file)
     assert fail(cnn_mnist, f"--load {file}").status == 1
     assert not Path("trace").exists()
@@ -877,7 +870,6 @@ OTHER_WEIGHTS = {
     "text": b"seven is a digit",
     "empty": b"",
     "checkpoint": {"weights": CNN_WEIGHTS},
-    "classes": {**CNN_WEIGHTS, "fc.bias": torch.zeros(11)},
     "hidden": RNN(16).state_dict(),
 }
 
@@ -918,7 +910,9 @@ def test_a_bad_place_is_an_error_before_training(option, place, fail, monkeypatc
     os.mkdir("folder.png")
     os.mkdir("protected")
     # The superuser may write everywhere, so a real protection has no effect in a container.
-    monkeypatch.setattr(os, "access", lambda folder, _: os.path.isdir(folder) and folder[-1] != "d")
+    monkeypatch.setattr(
+        os, "access", lambda path, _: os.path.isdir(path) and "protected" not in path
+    )
     why = "it is a folder, or its folder does not exist or is write-protected; choose another path"
     assert fail(cnn_mnist, f"{option} {place}") == (1, f"error: cannot write {place}: {why}", "")
 
@@ -933,14 +927,13 @@ def test_missing_data_is_one_line(place, fail, monkeypatch):
     assert ("Error downloading" in failure.message) == (place == "missing")
 
 
-@parametrize("length", [0, 100])
-def test_damaged_data_is_one_line_and_stays(length, fail):
+def test_damaged_data_is_one_line_and_stays(fail):
     damaged = RAW / "train-images-idx3-ubyte"
-    damaged.write_bytes(damaged.read_bytes()[:length])
+    damaged.write_bytes(damaged.read_bytes()[:100])
     failure = fail(rnn_mnist)
     assert_one_line(failure, f"error: cannot read or download {RAW}: ")
     assert "after an interrupted download, move that folder away" in failure.message
-    assert damaged.stat().st_size == length
+    assert damaged.stat().st_size == 100
 
 
 # ---- pictures of your own ----
@@ -1006,7 +999,7 @@ PENS = [with_a_thin_pencil, with_a_thick_felt_pen]
 def test_a_picture_of_any_form_is_read_like_a_plain_one(form, digit):
     plain, other = read(draw_page(digit)), read(form(draw_page(digit)))
     assert 0.06 < other.mean() < 0.18  # near MNIST's 0.1307, for thin and for thick pens
-    # Another pen changes up to 0.6 of the ink, a larger page 0.3, and another digit more than 1.
+    # Another pen changes up to 0.6 of the ink, other paper 0.4, and another digit more than 1.
     most = 0.6 if form in PENS else 0.4
     assert (plain - other).abs().sum() < most * plain.sum()
 
@@ -1020,7 +1013,7 @@ def test_a_photo_is_rotated_as_its_camera_says():
     assert (plain - other).abs().sum() < 0.1 * plain.sum()
 
 
-def test_a_second_stroke_is_kept_and_a_speck_and_the_border_are_not(monkeypatch):
+def test_a_second_stroke_is_kept_and_a_speck_and_the_border_are_not():
     ink = torch.zeros(64, 96)
     ink[20:44, 20:28] = 1  # a stroke
     ink[20:32, 40:48] = 1  # half as much ink
@@ -1051,7 +1044,8 @@ def test_predict_prints_the_digit_and_its_probability(script, device, train, fil
     """The network of this test has dropout, so it has to be in evaluation mode."""
     model = train(script, f"--epochs 2 --save {file}", flat(784, 10)).model
     image = read(draw_page(7))
-    probability, label = model(image[None]).softmax(dim=1)[0].max(dim=0)
+    logits = model.to(device)(image[None].to(device))
+    probability, label = logits.softmax(dim=1)[0].max(dim=0)
     options = f"--dataset synthetic --device {device} --load {file} --predict page.png"
     run = train(script, options, flat(784, 10))
     assert run.output == f"page.png: {label} ({probability:.1%})\n"
