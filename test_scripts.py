@@ -990,8 +990,15 @@ def with_a_thick_felt_pen_cut_out(page):
 
 
 PENS = [with_a_thin_pencil, with_a_thick_felt_pen_cut_out]
-PAPERS = [on_a_table, on_dark_coloured_paper, on_dark_grey_paper, cut_out]
-FORMS = [dark_on_transparency, light_on_transparency, *PAPERS, *PENS]
+FORMS = [
+    on_a_table,
+    on_dark_coloured_paper,
+    on_dark_grey_paper,
+    dark_on_transparency,
+    light_on_transparency,
+    cut_out,
+    *PENS,
+]
 
 
 @parametrize(("form", "digit"), [*itertools.product(FORMS, [2, 4, 7]), (cut_out, 1)])
