@@ -173,7 +173,7 @@ def load_data(options):
     return common.load_data(parse(options))
 
 
-# ---- the bugs of the tutorial, in the order of the README's table ----
+# ---- the bugs of the tutorial, in the order of the README ----
 
 
 def test_bug_softmax_before_cross_entropy_loss(script, train):
