@@ -1,9 +1,10 @@
 """Code shared by cnn_mnist.py and rnn_mnist.py, which contain the networks and the training loop.
 
-To understand a run, read as_floats, Loader and evaluate, then Data and load_data. Look up the other
-functions of these sections, and "report" and "weights and files", which print, save and load. You
-can skip the rest: "pictures of your own" is for --predict, "options" for argparse, "setup and
-errors" for repeatable runs and clear messages (UserError and reason are defined there).
+Read, to understand a run: as_floats, Loader, evaluate, Data, load_data.
+Look up, if a script calls it: the rest of the sections "loaders and evaluation" and "data"; the
+sections "report" and "weights and files", which print, save and load.
+Skip: "pictures of your own" (--predict), "options" (argparse), and "setup and errors" (repeatable
+runs and clear messages; UserError and reason are defined there).
 """
 
 import argparse
@@ -25,8 +26,8 @@ from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, resize, resized_crop, to_pil_image
 
 # ---- loaders and evaluation ----
-# A single file can copy this section. It needs five of the imports: math, dataclass,
-# SimpleNamespace, torch, and torch.nn.functional as F.
+# If you have to hand in a single file, copy this section. It needs five of the imports: math,
+# dataclass, SimpleNamespace, torch, and torch.nn.functional as F.
 
 
 def as_floats(images, labels, device):
@@ -55,7 +56,7 @@ class Loader:
         count = len(self.labels)
         order = torch.arange(count)
         if self.generator:
-            # The generator is on the CPU, even if a notebook has set another default device.
+            # device="cpu", because a notebook may have called torch.set_default_device.
             order = torch.randperm(count, generator=self.generator, device="cpu")
         for indices in order.to(self.labels.device).split(self.batch_size):
             yield self.images[indices], self.labels[indices]
@@ -77,7 +78,7 @@ def evaluate(model, loader):
         all_labels.append(labels)
     model.train(training)
     logits = torch.cat(all_logits).cpu()
-    labels = torch.cat(all_labels).cpu().long()  # with 17 classes, uint8 would overflow below
+    labels = torch.cat(all_labels).cpu().long()  # int64, even if the loader has uint8
     # Number each pair of a true and a predicted class (with 10 classes, true 3 and predicted 5 are
     # number 35), and count how often each number occurs.
     size = logits.shape[1]
@@ -97,7 +98,7 @@ def print_tables(confusion, names):
     hits, predicted, counts = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
     # clamp avoids 0 / 0: a class without predictions or without samples gets 0.
     precision, recall = hits / predicted.clamp(min=1), hits / counts.clamp(min=1)
-    f1 = 2 * hits / (predicted + counts).clamp(min=1)  # harmonic mean of precision and recall
+    f1 = 2 * hits / (predicted + counts).clamp(min=1)  # the harmonic mean of both, simplified
     width = max(12, 2 + max(map(len, names)))
     print(f"{'Class':<{width}}{'Precision':>10}{'Recall':>10}{'F1':>10}{'Count':>10}")
     for name, p, r, f, count in zip(names, precision, recall, f1, counts, strict=True):
@@ -115,7 +116,8 @@ def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
     """Apply a different random rotation, scaling and shift to each image, on the images' device.
 
     images: (N, C, H, W) float; returns the same shape, with 0 outside the original image.
-    degrees, scale (a fraction) and shift (in pixels along each axis) are the maximum changes.
+    degrees, scale (a fraction) and shift (in pixels of the input, along each axis): the largest
+    changes, in both directions.
     """
     count, _, height, width = images.shape
     # four vectors (N,) of random numbers in [-1, 1)
@@ -123,8 +125,9 @@ def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
     angle *= math.radians(degrees)
     zoom = 1 + zoom * scale
     # affine_grid needs the inverse map: for each output pixel, the input position that it is copied
-    # from. That is a rotation matrix divided by zoom, then the shift. In affine_grid's coordinates,
-    # any image is 2 units wide and 2 units high; height / width converts units of y to units of x.
+    # from. That is a rotation matrix divided by zoom, then the shift. affine_grid measures x in
+    # units of width / 2, and y in units of height / 2. So whatever goes from y into x is multiplied
+    # by height / width, and from x into y by width / height.
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     x_row = [cos, -sin * (height / width), dx * shift * 2 / width]
     y_row = [sin * (width / height), cos, dy * shift * 2 / height]
@@ -208,6 +211,7 @@ def load_data(args):
             train, held_out = draw_digits(60_000, generator), draw_digits(10_000, generator)
     else:
         train, held_out = read_dataset(args.dataset, args.data_dir)
+    # train and held_out are pairs of tensors: images (N, 28, 28), and labels (N,).
     split = "validation" if args.validate else "test"
     if args.validate:
         held_out = [tensor[-args.validate :] for tensor in train]
@@ -380,8 +384,8 @@ def find_ink(grey):
     """
     # Most pixels are paper, so the median is the level of the paper. If it is nearer to the darkest
     # pixel than to the lightest one, the ink is light: invert. But a 1 that is cut out at its edges
-    # is mostly ink. So first make the narrow picture square, by repeating its right edge, which is
-    # mostly paper.
+    # is mostly ink. So first make the picture square, by repeating its right (or lower) edge, which
+    # is mostly paper.
     height, width = grey.shape
     square = F.pad(grey[None], (0, 256 - width, 0, 256 - height), mode="replicate")
     if square.median() - grey.min() < grey.max() - square.median():
@@ -392,8 +396,8 @@ def find_ink(grey):
     paper = F.adaptive_max_pool2d(grey[None], 10).clamp(min=grey.max() / 2)  # (1, 10, 10)
     paper = F.avg_pool2d(paper, 3, stride=1, padding=1, count_include_pad=False)  # smooth
     ink = F.interpolate(paper[None], grey.shape, mode="bilinear")[0, 0] - grey
-    # Most of the paper is slightly darker than the estimate. Nearly always, 40% of the pixels are
-    # paper; what is no darker than these becomes 0.
+    # Most of the paper is slightly darker than the estimate. Nearly always, at least 40% of the
+    # pixels are paper; what is no darker than these becomes 0.
     ink = (ink - ink.quantile(0.4)).clamp(min=0)
     # 30 of 255 is safe: for 538 pictures of handwritten digits, ink.max() was never below 99.
     if ink.max() < 30:
@@ -444,8 +448,8 @@ def mnist_form(grey):
     ink = main_components(find_ink(resize(grey[None], [height, width])[0]))
     drawn = (ink > 0.25).nonzero()  # (pixels, 2): the strokes, without their blurred edge
     longer = 1 + (drawn.amax(dim=0) - drawn.amin(dim=0)).max().item()
-    # MNIST scales a digit to 20 of 28 pixels, measured at the outer edges of its thick strokes.
-    # Most people's strokes are thinner; at 20 pixels, they would lie further out. Hence 19.
+    # The longer side of MNIST's digits has 20 pixels, of which the thick strokes take one or two at
+    # each end. Most people's strokes are thinner, so their digits get 19 pixels.
     side = round(longer * 28 / 19)
     centre = drawn.float().mean(dim=0) + 0.5  # because the middle of pixel i is at i + 0.5
     top, left = (centre - side * 14.5 / 28).round().int().tolist()
@@ -543,7 +547,11 @@ def make_parser(description, one_cycle_lr):
     )
     add("--data-dir", default="data", help="dataset folder (default: data)")
     add("--limit", type=positive_int, help="train on the first LIMIT training images")
-    add("--validate", type=positive_int, help="evaluate on the last VALIDATE training images")
+    add(
+        "--validate",
+        type=positive_int,
+        help="train without the last VALIDATE images; evaluate on them",
+    )
 
     add = parser.add_argument_group("results").add_argument
     add("--log", help="CSV file for the losses, accuracy and time of each epoch")
@@ -561,7 +569,7 @@ def parse_args(parser, argv, data=None):
     """
     if argv is None:
         # In a console, such as a notebook's, sys.argv belongs to the console. There, __main__ has
-        # no file, except in the consoles of Visual Studio Code and PyCharm, which are these.
+        # no file, except in Visual Studio Code and PyCharm, whose consoles have these names.
         consoles = ("kernel_launcher.py", "pydevconsole.py")
         has_file = hasattr(sys.modules["__main__"], "__file__")
         argv = sys.argv[1:] if has_file and not sys.argv[0].endswith(consoles) else []
@@ -578,7 +586,7 @@ def parse_args(parser, argv, data=None):
         parser.error("argument --errors: the file name must end in .png")
     if data and (args.limit or args.validate):
         parser.error("--limit and --validate do not split your own data; split it yourself")
-    # The samplers that shuffle are RandomSampler, SubsetRandomSampler and WeightedRandomSampler.
+    # A DataLoader that shuffles has a RandomSampler, SubsetRandomSampler, WeightedRandomSampler.
     if data and args.errors and "Random" in str(getattr(data.eval_loader, "sampler", "")):
         parser.error("argument --errors: eval_loader must not shuffle the images")
     for file in filter(None, (args.save, args.log, args.errors)):
@@ -597,8 +605,8 @@ def parse_args(parser, argv, data=None):
 def set_up(seed):
     """Set the random seed, and change GPU, memory and printing settings of the whole process."""
     torch.manual_seed(seed)
-    # With these two settings, a GPU computes the same weights for the same seed. They are from
-    # https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+    # With these two settings, a GPU computes the same weights for the same seed. The second one is
+    # from https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     torch.backends.cudnn.deterministic = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
     # On Linux, the C library (glibc) returns freed memory to the system, and getting it back for
@@ -643,6 +651,6 @@ def run(main):
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EINVAL):
             raise
-        # EPIPE (on Windows, EINVAL): the program that reads our output has ended. sys.exit would
-        # try to write what is left of the output, and fail; os._exit does not.
+        # The program that reads our output, such as `head`, has ended, so nothing more can be
+        # printed (EPIPE; on Windows, EINVAL). sys.exit would print once more; os._exit does not.
         os._exit(1)
