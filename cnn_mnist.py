@@ -5,9 +5,10 @@ python cnn_mnist.py --one-cycle --augment --save cnn.pt
 
 The first command reaches a test accuracy of about 98.8%, the second one 99.4%.
 
-common.py has to lie beside this file; it is not the package of that name on PyPI. The same training
-loop is also in rnn_mnist.py, so that you can read each script alone. The scripts differ in the
-network, its options, the learning rate of --one-cycle, and the shift of --augment.
+common.py has to lie beside this file; its first lines say what to read in it. (Do not install it:
+PyPI's package "common" is another one.) The same training loop is also in rnn_mnist.py, on purpose,
+so that you can read each script alone. The two scripts differ in the network with its options, and
+in two numbers: one_cycle_lr and shift.
 """
 
 import time
@@ -35,7 +36,8 @@ class CNN(nn.Module):
 
     def forward(self, x):
         if x.device.type == "cpu":
-            # Only the order in memory changes: with the channels last, a CPU is faster.
+            # A CPU is faster if the channels are last in memory, as in (N, H, W, C). The values are
+            # the same. It has to be clone(): to() does nothing to images with one channel.
             x = x.clone(memory_format=torch.channels_last)
         # ReLU and max pooling can be swapped. Pooling first leaves fewer values for ReLU.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))  # (N, 16, 14, 14)
@@ -47,15 +49,17 @@ def main(argv=None, model=CNN, data=None):
     """Train a network with the options in `argv`; return it and its last evaluation.
 
     argv: a list, or a string that is split at spaces; by default, the command line.
-    model: a class or function that creates the network (it is called after the seed is set, so that
-    the seed decides the first weights), or a network to train further.
+    model: a class or function that creates the network, or a network to train further. A class or
+    function is called after the seed is set, so that the seed decides the first weights.
     data: your own common.Data instead of the dataset that the options select. Then, --limit and
     --validate are refused, and --dataset, --data-dir and --batch-size have no effect.
     The network is returned in evaluation mode. With --predict, nothing is trained, and the
     evaluation is None.
     """
     # options
-    args = common.parse_args(common.make_parser(__doc__, one_cycle_lr=0.01), argv, data)
+    # one_cycle_lr and, further below, shift were chosen on held-out training images.
+    parser = common.make_parser(__doc__, one_cycle_lr=0.01)
+    args = common.parse_args(parser, argv, data)
     common.set_up(args.seed)
 
     # model
@@ -75,9 +79,10 @@ def main(argv=None, model=CNN, data=None):
 
     # train
     criterion = nn.CrossEntropyLoss()
-    # The learning rate is 0.001 by default. fused=True is faster; Adam, AdamW and SGD have it.
+    # fused=True is faster: one operation updates all weights. Of torch's optimizers, only Adam,
+    # AdamW, SGD and Adagrad have it. args.lr is 0.001 by default (with --one-cycle: one_cycle_lr).
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    if args.one_cycle:  # The learning rate rises to args.lr, then falls.
+    if args.one_cycle:  # The learning rate rises from args.lr / 25 to args.lr, then falls.
         total_steps = max(1, args.epochs * steps)  # with 0 epochs, OneCycleLR would fail
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps)
     for epoch in range(1, args.epochs + 1):
@@ -88,7 +93,7 @@ def main(argv=None, model=CNN, data=None):
             # common.Loader has its batches on the device already; your own loader may not.
             images, labels = images.to(args.device), labels.to(args.device)
             if args.augment:
-                images = common.random_affine(images, shift=1)  # in pixels; the LSTM uses 2
+                images = common.random_affine(images, shift=1)  # by at most 1 pixel
             logits = model(images)  # (N, 10)
             loss = criterion(logits, labels)
             optimizer.zero_grad()  # because backward() adds to the gradients
@@ -96,12 +101,13 @@ def main(argv=None, model=CNN, data=None):
             optimizer.step()
             if args.one_cycle:
                 scheduler.step()
-            losses.append(loss.detach())  # loss.item() would wait for the GPU in each step
+            losses.append(loss.detach())  # loss.item() would wait for the GPU, as printing does
             if step % 100 == 0 or step == steps:
                 print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
         train_loss = torch.stack(losses).mean().item()
         seconds = time.perf_counter() - start  # after item(), which waits for the GPU
-        evaluation = common.evaluate(model, data.eval_loader)  # to choose options: --validate
+        # To choose options, use --validate: then, this evaluates on held-out training images.
+        evaluation = common.evaluate(model, data.eval_loader)
         common.check_finite(train_loss, evaluation.loss)
         scores = common.format_scores(data, evaluation)
         print(f"Epoch [{epoch}/{args.epochs}], {scores}, Time: {seconds:.2f} s")
@@ -111,7 +117,7 @@ def main(argv=None, model=CNN, data=None):
             common.write_log(args.log, epoch, data, train_loss, evaluation, seconds)
 
     # report
-    if args.epochs < 1:  # Otherwise, the loop has evaluated.
+    if args.epochs < 1:  # The loop has not run, so evaluate now.
         evaluation = common.evaluate(model, data.eval_loader)
     common.report(args, data, evaluation)
     model.eval()
@@ -119,4 +125,4 @@ def main(argv=None, model=CNN, data=None):
 
 
 if __name__ == "__main__":
-    model, evaluation = common.run(main)  # after %run cnn_mnist.py, a notebook has both
+    model, evaluation = common.run(main)  # After %run, a notebook has these variables.

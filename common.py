@@ -1,10 +1,10 @@
 """Code shared by cnn_mnist.py and rnn_mnist.py, which contain the networks and the training loop.
 
-Read, to understand a run: as_floats, Loader, evaluate, Data, load_data.
-Look up, if a script calls it: the rest of the sections "loaders and evaluation" and "data"; the
-sections "report" and "weights and files", which print, save and load.
-Skip: "pictures of your own" (--predict), "options" (argparse), and "setup and errors" (repeatable
-runs and clear messages; UserError and reason are defined there).
+To understand a run, read as_floats, Loader, evaluate, Data and load_data. What else stands in the
+first four sections is there to be looked up: other data sets, what is printed, saved and loaded.
+
+You can skip the last three sections: "pictures of your own" (--predict), "options" (argparse), and
+"setup and errors" (repeatable runs; the exception UserError; reason(), which shortens messages).
 """
 
 import argparse
@@ -26,8 +26,8 @@ from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, resize, resized_crop, to_pil_image
 
 # ---- loaders and evaluation ----
-# If you have to hand in a single file, copy this section. It needs five of the imports: math,
-# dataclass, SimpleNamespace, torch, and torch.nn.functional as F.
+# If you have to hand in a single file, copy this section into it; README.md has the rest. It needs
+# five of the imports: math, dataclass, SimpleNamespace, torch, and torch.nn.functional as F.
 
 
 def as_floats(images, labels, device):
@@ -38,7 +38,7 @@ def as_floats(images, labels, device):
 
 @dataclass
 class Loader:
-    """Iterate over batches of images (N, ...) and labels (N,), which stay on their device.
+    """Iterate over batches of images (N, ...) and labels (N,), on the device where they are.
 
     With a generator, each epoch has a new random order. torch's DataLoader is slower, because it
     collects a batch sample by sample.
@@ -56,7 +56,8 @@ class Loader:
         count = len(self.labels)
         order = torch.arange(count)
         if self.generator:
-            # device="cpu", because a notebook may have called torch.set_default_device.
+            # The generator is on the CPU, so the order has to be drawn there. Say so, because a
+            # notebook may have called torch.set_default_device.
             order = torch.randperm(count, generator=self.generator, device="cpu")
         for indices in order.to(self.labels.device).split(self.batch_size):
             yield self.images[indices], self.labels[indices]
@@ -66,8 +67,9 @@ class Loader:
 def evaluate(model, loader):
     """Evaluate the model on all samples; return loss, accuracy, confusion matrix, logits, labels.
 
-    model: maps images to logits (N, C). loader: batches of images and labels (N,), on any device.
-    The results are on the CPU. The model's mode, training or evaluation, is restored.
+    model: maps images to logits (N, C), for C classes. loader: batches of images and labels (N,);
+    they may be on any device. The results are on the CPU. The model's mode, training or evaluation,
+    is restored.
     """
     training = model.training
     device = next(model.parameters()).device
@@ -98,13 +100,15 @@ def print_tables(confusion, names):
     hits, predicted, counts = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
     # clamp avoids 0 / 0: a class without predictions or without samples gets 0.
     precision, recall = hits / predicted.clamp(min=1), hits / counts.clamp(min=1)
-    f1 = 2 * hits / (predicted + counts).clamp(min=1)  # the harmonic mean of both, simplified
+    # F1 is 2 * precision * recall / (precision + recall), which is the same as this:
+    f1 = 2 * hits / (predicted + counts).clamp(min=1)
     width = max(12, 2 + max(map(len, names)))
     print(f"{'Class':<{width}}{'Precision':>10}{'Recall':>10}{'F1':>10}{'Count':>10}")
     for name, p, r, f, count in zip(names, precision, recall, f1, counts, strict=True):
         print(f"{name:<{width}}{p:>10.4f}{r:>10.4f}{f:>10.4f}{count:>10}")
     print("Confusion matrix (rows: true classes, columns: predicted classes):")
-    # Show whole names if the matrix still fits in 80 characters; otherwise, cut them.
+    # Show whole names if the matrix still fits in 80 characters; otherwise, cut them. A column has
+    # at least 6 characters, enough for a space and a count of 5 digits.
     room = (80 - width) // len(names)
     column = max(6, min(width, room)) - 1  # without the space before each column
     print(" " * width + "".join(f" {name[:column]:>{column}}" for name in names))
@@ -115,9 +119,9 @@ def print_tables(confusion, names):
 def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
     """Apply a different random rotation, scaling and shift to each image, on the images' device.
 
-    images: (N, C, H, W) float; returns the same shape, with 0 outside the original image.
-    degrees, scale (a fraction) and shift (in pixels of the input, along each axis): the largest
-    changes, in both directions.
+    images: (N, C, H, W) float, C channels; returns the same shape, with 0 outside the original
+    image. The largest changes, in both directions: degrees, scale (a fraction), and shift (in
+    pixels of the input, along each axis).
     """
     count, _, height, width = images.shape
     # four vectors (N,) of random numbers in [-1, 1)
@@ -127,7 +131,7 @@ def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
     # affine_grid needs the inverse map: for each output pixel, the input position that it is copied
     # from. That is a rotation matrix divided by zoom, then the shift. affine_grid measures x in
     # units of width / 2, and y in units of height / 2. So whatever goes from y into x is multiplied
-    # by height / width, and from x into y by width / height.
+    # by height / width, and from x into y by width / height (for square images, both are 1).
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     x_row = [cos, -sin * (height / width), dx * shift * 2 / width]
     y_row = [sin * (width / height), cos, dy * shift * 2 / height]
@@ -143,7 +147,7 @@ DATASETS = {
     "mnist": datasets.MNIST,
     "fashion-mnist": datasets.FashionMNIST,
     "kmnist": datasets.KMNIST,
-    "synthetic": datasets.MNIST,  # only its class names are used
+    "synthetic": datasets.MNIST,  # see draw_digits; only the names of the classes are MNIST's
 }
 
 
@@ -155,8 +159,9 @@ def draw_digits(count, generator):
         ImageDraw.Draw(picture).text((14, 14), str(digit), fill=255, font_size=24, anchor="mm")
         digits[digit] = pil_to_tensor(picture)
     labels = torch.randint(10, (count,), generator=generator)
-    # A strong distortion makes these digits about as hard to learn as MNIST. 500 images at a time
-    # fit in the CPU's cache, which is faster. digits[part] has the picture of each label.
+    # A strong distortion (30 degrees, 40%, 4 pixels) makes these digits about as hard to learn as
+    # MNIST. 500 images at a time fit in the CPU's cache, which is faster: each part has 500 labels,
+    # and digits[part] their 500 pictures.
     parts = [random_affine(digits[part], 30, 0.4, 4, generator) for part in labels.split(500)]
     return torch.cat(parts).round().byte().squeeze(1), labels
 
@@ -206,8 +211,8 @@ class Data:
 def load_data(args):
     """Return the Data that the options select, on the device. Raises UserError if that fails."""
     if args.dataset == "synthetic":
-        generator = torch.Generator().manual_seed(0)  # the same digits for each --seed
-        with torch.device("cpu"):  # even if the default device is another one
+        generator = torch.Generator().manual_seed(0)  # not args.seed: all seeds get the same digits
+        with torch.device("cpu"):  # even if torch.set_default_device was called
             train, held_out = draw_digits(60_000, generator), draw_digits(10_000, generator)
     else:
         train, held_out = read_dataset(args.dataset, args.data_dir)
@@ -216,10 +221,11 @@ def load_data(args):
     if args.validate:
         held_out = [tensor[-args.validate :] for tensor in train]
         train = [tensor[: -args.validate] for tensor in train]
-    train = [tensor[: args.limit] for tensor in train]
-    # A separate generator: creating a network also draws random numbers, which must not change the
-    # order of the training images.
+    train = [tensor[: args.limit] for tensor in train]  # without --limit, [:None] is everything
+    # A separate generator, so that the order of the images is the same for each network: to create
+    # a network also draws random numbers.
     generator = torch.Generator().manual_seed(args.seed)
+    # The stars pass the two tensors of a pair as two arguments.
     train_loader = Loader(*as_floats(*train, args.device), args.batch_size, generator)
     eval_loader = Loader(*as_floats(*held_out, args.device), args.batch_size)
     # torchvision's names for MNIST are "0 - zero" and so on.
@@ -234,7 +240,8 @@ def describe(loader, split):
     """Return how many samples a Loader or a DataLoader yields, such as "1,000 test samples"."""
     if not loader.batch_size:  # a DataLoader with its own batch_sampler
         return f"{len(loader):,} {split} batches"
-    # The sampler of a DataLoader may select samples; drop_last leaves out an incomplete batch.
+    # The sampler of a DataLoader may select samples. With drop_last, an incomplete last batch is
+    # left out; then, there are fewer samples than the sampler has.
     samples = loader.labels if isinstance(loader, Loader) else loader.sampler
     return f"{min(len(samples), len(loader) * loader.batch_size):,} {split} samples"
 
@@ -278,11 +285,11 @@ def write_log(file, epoch, data, train_loss, evaluation, seconds):
 def report(args, data, evaluation):
     """Print the final report and, with --errors, draw the misclassified images."""
     print("Training finished." if args.epochs > 0 else format_scores(data, evaluation))
-    # A network may have more outputs than there are names; the others are numbered.
+    # A network may have fewer or more outputs than there are names; those without are numbered.
     outputs = len(evaluation.confusion)
     names = data.classes[:outputs] + [str(i) for i in range(len(data.classes), outputs)]
     if outputs > 50:
-        print(f"No tables of {outputs:,} outputs; the confusion matrix is in what main returns.")
+        print(f"No tables of {outputs:,} outputs; see evaluation.confusion, which main returns.")
     else:
         print_tables(evaluation.confusion, names)
     if args.errors:
@@ -302,6 +309,7 @@ def draw_errors(file, evaluation, loader, names):
     names = [name[:12] if name.isascii() else str(i) for i, name in enumerate(names)]
     # A cell has 120x140 pixels: an image of 84x84, three lines of text, and margins.
     sheet = Image.new("RGB", (1200, 140 * max(1, math.ceil(len(worst) / 10))), "white")
+    # one sample after the other, so that only one batch is in memory
     samples = (sample for images, labels in loader for sample in zip(images, labels, strict=True))
     for i, (image, label) in enumerate(samples):
         if label != evaluation.labels[i]:
@@ -353,9 +361,9 @@ def replacing(file):
 
 def save_weights(model, file):
     """Save the model's state dict; raise UserError if the file cannot be written."""
-    # As CPU tensors, a plain torch.load reads them on a machine without a GPU, too.
+    # Save CPU tensors, so that a plain torch.load works on a machine without a GPU, too.
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    # Given a path, torch.save would not report a full disk; given an open file, it does.
+    # Open the file here, because torch.save, given a path, does not report a full disk.
     with replacing(file) as temporary, temporary.open("wb") as opened:
         torch.save(weights, opened)
 
@@ -375,17 +383,20 @@ def load_weights(model, file):
 
 
 # ---- pictures of your own ----
+# You can skip the rest of the file. The numbers in this section were tried on 538 pictures of
+# handwritten digits: photos, scans and drawings.
 
 
 def find_ink(grey):
     """Return the amount of ink per pixel, (H, W) in [0, 1], from grey levels (H, W).
 
-    The longer side has 256 pixels. Raises ValueError if there is hardly any contrast.
+    The longer side of the picture has to have 256 pixels. Raises ValueError if there is hardly any
+    contrast.
     """
     # Most pixels are paper, so the median is the level of the paper. If it is nearer to the darkest
-    # pixel than to the lightest one, the ink is light: invert. But a 1 that is cut out at its edges
-    # is mostly ink. So first make the picture square, by repeating its right (or lower) edge, which
-    # is mostly paper.
+    # pixel than to the lightest one, the ink is light: invert. But if a picture is cropped at the
+    # edges of a 1, most of its pixels are ink. So first make the picture square, by repeating its
+    # right (or lower) edge, which is mostly paper.
     height, width = grey.shape
     square = F.pad(grey[None], (0, 256 - width, 0, 256 - height), mode="replicate")
     if square.median() - grey.min() < grey.max() - square.median():
@@ -396,10 +407,10 @@ def find_ink(grey):
     paper = F.adaptive_max_pool2d(grey[None], 10).clamp(min=grey.max() / 2)  # (1, 10, 10)
     paper = F.avg_pool2d(paper, 3, stride=1, padding=1, count_include_pad=False)  # smooth
     ink = F.interpolate(paper[None], grey.shape, mode="bilinear")[0, 0] - grey
-    # Most of the paper is slightly darker than the estimate. Nearly always, at least 40% of the
-    # pixels are paper; what is no darker than these becomes 0.
+    # Most of the paper is slightly darker than the estimate, so some ink is left there. Nearly
+    # always, at least 40% of the pixels are paper: the 40% with the least ink become 0.
     ink = (ink - ink.quantile(0.4)).clamp(min=0)
-    # 30 of 255 is safe: for 538 pictures of handwritten digits, ink.max() was never below 99.
+    # 30 of 255 is safe: in the 538 pictures, ink.max() was never below 99.
     if ink.max() < 30:
         raise ValueError("no strokes found")
     return ink / ink.max()
@@ -424,8 +435,9 @@ def main_components(ink):
             break
         component = spread
     cell_ink = F.avg_pool2d(ink[None], 4)[0] * drawn
-    total = torch.bincount(component.flatten(), cell_ink.flatten())  # the ink of each component
-    border = component.clone()
+    # the ink of each component: bincount adds the second vector instead of counting
+    total = torch.bincount(component.flatten(), cell_ink.flatten())
+    border = component.clone()  # the components in the outermost cells
     border[1:-1, 1:-1] = 0
     total[border.unique()] /= 100
     is_kept = total > 0.3 * total.max()  # for each component
@@ -438,34 +450,35 @@ def mnist_form(grey):
     """Convert a picture of a digit, grey levels (H, W) in [0, 255], to MNIST's format (1, 28, 28).
 
     The digit may be dark on light or the reverse, of any size, anywhere. As in MNIST, it is scaled,
-    and its centre is moved to the middle of pixel (14, 14); see LeCun, Bottou, Bengio and Haffner,
-    "Gradient-based learning applied to document recognition" (1998). Raises ValueError if there is
-    hardly any contrast.
+    and its centre is moved to the middle of pixel (14, 14), where MNIST's training images have it
+    on average; see LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document
+    recognition" (1998). Raises ValueError if there is hardly any contrast.
     """
-    # The longer side becomes 256 pixels. With fewer, thin strokes would vanish; with more, strokes
-    # would fall apart into several components.
+    # The longer side becomes 256 pixels, the other one a multiple of 4. With fewer, thin strokes
+    # would vanish; with more, strokes would fall apart into several components.
     height, width = (4 * math.ceil(side * 64 / max(grey.shape)) for side in grey.shape)
     ink = main_components(find_ink(resize(grey[None], [height, width])[0]))
     drawn = (ink > 0.25).nonzero()  # (pixels, 2): the strokes, without their blurred edge
     longer = 1 + (drawn.amax(dim=0) - drawn.amin(dim=0)).max().item()
-    # The longer side of MNIST's digits has 20 pixels, of which the thick strokes take one or two at
-    # each end. Most people's strokes are thinner, so their digits get 19 pixels.
+    # The longer side of MNIST's digits has 20 of 28 pixels, thick strokes included. Most people's
+    # strokes are thinner; if their digits got 20 pixels, they would be too large, so they get 19.
     side = round(longer * 28 / 19)
     centre = drawn.float().mean(dim=0) + 0.5  # because the middle of pixel i is at i + 0.5
     top, left = (centre - side * 14.5 / 28).round().int().tolist()
     digit = resized_crop(ink[None], top, left, side, side, 28)
     digit = digit / digit.max()
     # Bring the mean closer to that of MNIST's training images, 0.1307: this makes the strokes of a
-    # pencil bolder, and those of a felt pen thinner.
+    # pencil bolder, and those of a felt pen thinner. (It would be exact if all pixels were equal.)
     gamma = math.log(0.1307) / math.log(digit.mean())
     return digit**gamma
 
 
 def read_picture(file):
     """Read a picture file; return the image of its digit in MNIST's format (1, 28, 28)."""
-    image = ImageOps.exif_transpose(Image.open(file))  # upright, as its camera says
+    image = ImageOps.exif_transpose(Image.open(file))  # upright, if it has a note from its camera
     level, alpha = pil_to_tensor(image.convert("LA")).float()
-    # What is transparent becomes white; but if the strokes are nearly white, it becomes black.
+    # What is transparent becomes white. But if there are no strokes darker than 225 then, these are
+    # white themselves, so what is transparent becomes black.
     on_black = level * alpha / 255
     on_white = on_black + 255 - alpha
     return mnist_form(on_white if on_white.min() < 225 else on_black)
@@ -568,8 +581,9 @@ def parse_args(parser, argv, data=None):
     data: the caller's own Data, if any; with it, some options are refused.
     """
     if argv is None:
-        # In a console, such as a notebook's, sys.argv belongs to the console. There, __main__ has
-        # no file, except in Visual Studio Code and PyCharm, whose consoles have these names.
+        # In a console, such as a notebook's, sys.argv has the console's arguments, not ours. One
+        # recognizes most consoles because __main__ has no file. In Visual Studio Code and PyCharm,
+        # it has one, but sys.argv[0] has one of these names.
         consoles = ("kernel_launcher.py", "pydevconsole.py")
         has_file = hasattr(sys.modules["__main__"], "__file__")
         argv = sys.argv[1:] if has_file and not sys.argv[0].endswith(consoles) else []
@@ -586,7 +600,8 @@ def parse_args(parser, argv, data=None):
         parser.error("argument --errors: the file name must end in .png")
     if data and (args.limit or args.validate):
         parser.error("--limit and --validate do not split your own data; split it yourself")
-    # A DataLoader that shuffles has a RandomSampler, SubsetRandomSampler, WeightedRandomSampler.
+    # A DataLoader that shuffles has a RandomSampler, SubsetRandomSampler or WeightedRandomSampler;
+    # the text of each contains "Random".
     if data and args.errors and "Random" in str(getattr(data.eval_loader, "sampler", "")):
         parser.error("argument --errors: eval_loader must not shuffle the images")
     for file in filter(None, (args.save, args.log, args.errors)):
@@ -606,15 +621,16 @@ def set_up(seed):
     """Set the random seed, and change GPU, memory and printing settings of the whole process."""
     torch.manual_seed(seed)
     # With these two settings, a GPU computes the same weights for the same seed. The second one is
-    # from https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+    # from https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html; it gives the library
+    # for matrix products two buffers of 4,096 KiB.
     torch.backends.cudnn.deterministic = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
     # On Linux, the C library (glibc) returns freed memory to the system, and getting it back for
     # the next training step takes time. With these settings, the process keeps it: see mallopt(3).
     with contextlib.suppress(OSError, AttributeError):  # on a system without glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks, too, come from the memory that is kept
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: no memory is returned
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         # Show progress immediately, also in a pipe; print "?" for a letter that cannot be encoded.
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
@@ -638,8 +654,8 @@ def run(main):
 
     A UserError is printed as one line, with exit status 1; Ctrl-C gives status 130.
     """
+    # Only in a notebook or an IDE, stdout has no such method. It displays errors itself.
     if not hasattr(sys.stdout, "reconfigure"):
-        # This is the stdout of a notebook or an IDE, which displays errors itself.
         return main()
     try:
         return main()
@@ -649,8 +665,8 @@ def run(main):
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
+        # EPIPE, on Windows EINVAL: the program that reads our output, such as `head`, has ended, so
+        # nothing more can be printed. sys.exit would try to print the rest; os._exit does not.
         if error.errno not in (errno.EPIPE, errno.EINVAL):
             raise
-        # The program that reads our output, such as `head`, has ended, so nothing more can be
-        # printed (EPIPE; on Windows, EINVAL). sys.exit would print once more; os._exit does not.
         os._exit(1)

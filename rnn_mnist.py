@@ -5,9 +5,10 @@ python rnn_mnist.py --one-cycle --augment --save rnn.pt
 
 The first command reaches a test accuracy of about 98.7%, the second one 99.4%.
 
-common.py has to lie beside this file; it is not the package of that name on PyPI. The same training
-loop is also in cnn_mnist.py, so that you can read each script alone. The scripts differ in the
-network, its options, the learning rate of --one-cycle, and the shift of --augment.
+common.py has to lie beside this file; its first lines say what to read in it. (Do not install it:
+PyPI's package "common" is another one.) The same training loop is also in cnn_mnist.py, on purpose,
+so that you can read each script alone. The two scripts differ in the network with its options, and
+in two numbers: one_cycle_lr and shift.
 """
 
 import time
@@ -35,7 +36,7 @@ class RNN(nn.Module):
     def forward(self, x):
         if x.dim() == 4:
             x = x.squeeze(1)  # (N, 28, 28), without the channel of an image
-        out, _ = self.lstm(x)  # out: (N, T, hidden_size), the states of all time steps
+        out, _ = self.lstm(x)  # out: (N, T, hidden_size), the last layer's states
         return self.fc(out[:, -1])  # (N, 10), from the last time step, which has seen all rows
 
 
@@ -43,27 +44,28 @@ def main(argv=None, model=RNN, data=None):
     """Train a network with the options in `argv`; return it and its last evaluation.
 
     argv: a list, or a string that is split at spaces; by default, the command line.
-    model: a class or function that creates the network (it is called after the seed is set, so that
-    the seed decides the first weights), or a network to train further. Only RNN uses --hidden and
-    --layers.
+    model: a class or function that creates the network, or a network to train further. A class or
+    function is called after the seed is set, so that the seed decides the first weights. Only RNN
+    uses --hidden and --layers.
     data: your own common.Data instead of the dataset that the options select. Then, --limit and
     --validate are refused, and --dataset, --data-dir and --batch-size have no effect.
     The network is returned in evaluation mode. With --predict, nothing is trained, and the
     evaluation is None.
     """
     # options
+    # one_cycle_lr and, further below, shift were chosen on held-out training images.
     parser = common.make_parser(__doc__, one_cycle_lr=0.005)
     parser.add_argument(
         "--hidden",
         type=common.positive_int,
         default=128,
-        help="hidden size; with --load, repeat that of the saved network (default: 128)",
+        help="hidden size; with --load, type the same as for --save (default: 128)",
     )
     parser.add_argument(
         "--layers",
         type=common.positive_int,
         default=2,
-        help="number of LSTM layers; with --load, repeat that of the saved network (default: 2)",
+        help="number of LSTM layers; with --load, type the same as for --save (default: 2)",
     )
     args = common.parse_args(parser, argv, data)
     common.set_up(args.seed)
@@ -72,7 +74,7 @@ def main(argv=None, model=RNN, data=None):
     if model is RNN:
         model = RNN(args.hidden, args.layers)
     elif not isinstance(model, nn.Module):
-        model = model()  # a class or a function: create the network
+        model = model()  # another class, or a function: create the network
     model.to(args.device)
     if args.load:
         common.load_weights(model, args.load)
@@ -87,9 +89,10 @@ def main(argv=None, model=RNN, data=None):
 
     # train
     criterion = nn.CrossEntropyLoss()
-    # The learning rate is 0.001 by default. fused=True is faster; Adam, AdamW and SGD have it.
+    # fused=True is faster: one operation updates all weights. Of torch's optimizers, only Adam,
+    # AdamW, SGD and Adagrad have it. args.lr is 0.001 by default (with --one-cycle: one_cycle_lr).
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    if args.one_cycle:  # The learning rate rises to args.lr, then falls.
+    if args.one_cycle:  # The learning rate rises from args.lr / 25 to args.lr, then falls.
         total_steps = max(1, args.epochs * steps)  # with 0 epochs, OneCycleLR would fail
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps)
     for epoch in range(1, args.epochs + 1):
@@ -100,7 +103,7 @@ def main(argv=None, model=RNN, data=None):
             # common.Loader has its batches on the device already; your own loader may not.
             images, labels = images.to(args.device), labels.to(args.device)
             if args.augment:
-                images = common.random_affine(images, shift=2)  # in pixels; the CNN uses 1
+                images = common.random_affine(images, shift=2)  # by at most 2 pixels
             logits = model(images)  # (N, 10)
             loss = criterion(logits, labels)
             optimizer.zero_grad()  # because backward() adds to the gradients
@@ -108,12 +111,13 @@ def main(argv=None, model=RNN, data=None):
             optimizer.step()
             if args.one_cycle:
                 scheduler.step()
-            losses.append(loss.detach())  # loss.item() would wait for the GPU in each step
+            losses.append(loss.detach())  # loss.item() would wait for the GPU, as printing does
             if step % 100 == 0 or step == steps:
                 print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
         train_loss = torch.stack(losses).mean().item()
         seconds = time.perf_counter() - start  # after item(), which waits for the GPU
-        evaluation = common.evaluate(model, data.eval_loader)  # to choose options: --validate
+        # To choose options, use --validate: then, this evaluates on held-out training images.
+        evaluation = common.evaluate(model, data.eval_loader)
         common.check_finite(train_loss, evaluation.loss)
         scores = common.format_scores(data, evaluation)
         print(f"Epoch [{epoch}/{args.epochs}], {scores}, Time: {seconds:.2f} s")
@@ -123,7 +127,7 @@ def main(argv=None, model=RNN, data=None):
             common.write_log(args.log, epoch, data, train_loss, evaluation, seconds)
 
     # report
-    if args.epochs < 1:  # Otherwise, the loop has evaluated.
+    if args.epochs < 1:  # The loop has not run, so evaluate now.
         evaluation = common.evaluate(model, data.eval_loader)
     common.report(args, data, evaluation)
     model.eval()
@@ -131,4 +135,4 @@ def main(argv=None, model=RNN, data=None):
 
 
 if __name__ == "__main__":
-    model, evaluation = common.run(main)  # after %run rnn_mnist.py, a notebook has both
+    model, evaluation = common.run(main)  # After %run, a notebook has these variables.
