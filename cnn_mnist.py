@@ -36,8 +36,8 @@ class CNN(nn.Module):
 
     def forward(self, x):
         if x.device.type == "cpu":
-            # A CPU is faster if the channels are last in memory, as in (N, H, W, C). The values are
-            # the same. It has to be clone(): to() does nothing to images with one channel.
+            # On a CPU, convolutions are faster if the channels are last in memory. The strides of x
+            # select this order. clone() sets them; to() does not if there is only one channel.
             x = x.clone(memory_format=torch.channels_last)
         # ReLU and max pooling can be swapped. Pooling first leaves fewer values for ReLU.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))  # (N, 16, 14, 14)
@@ -57,7 +57,7 @@ def main(argv=None, model=CNN, data=None):
     evaluation is None.
     """
     # options
-    # one_cycle_lr and, further below, shift were chosen on held-out training images.
+    # This number, and shift in the loop, were chosen on held-out training images: see --validate.
     parser = common.make_parser(__doc__, one_cycle_lr=0.01)
     args = common.parse_args(parser, argv, data)
     common.set_up(args.seed)
@@ -82,7 +82,7 @@ def main(argv=None, model=CNN, data=None):
     # fused=True is faster: one operation updates all weights. Of torch's optimizers, only Adam,
     # AdamW, SGD and Adagrad have it. args.lr is 0.001 by default (with --one-cycle: one_cycle_lr).
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    if args.one_cycle:  # The learning rate rises from args.lr / 25 to args.lr, then falls.
+    if args.one_cycle:  # OneCycleLR starts at args.lr / 25, rises to args.lr, then falls.
         total_steps = max(1, args.epochs * steps)  # with 0 epochs, OneCycleLR would fail
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps)
     for epoch in range(1, args.epochs + 1):
@@ -101,8 +101,8 @@ def main(argv=None, model=CNN, data=None):
             optimizer.step()
             if args.one_cycle:
                 scheduler.step()
-            losses.append(loss.detach())  # loss.item() would wait for the GPU, as printing does
-            if step % 100 == 0 or step == steps:
+            losses.append(loss.detach())  # loss.item() would wait for the GPU in each step
+            if step % 100 == 0 or step == steps:  # because printing waits for the GPU, too
                 print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
         train_loss = torch.stack(losses).mean().item()
         seconds = time.perf_counter() - start  # after item(), which waits for the GPU
@@ -125,4 +125,5 @@ def main(argv=None, model=CNN, data=None):
 
 
 if __name__ == "__main__":
-    model, evaluation = common.run(main)  # After %run, a notebook has these variables.
+    # run() calls main() and shortens error messages. After %run, a notebook has both variables.
+    model, evaluation = common.run(main)

@@ -1,7 +1,8 @@
 """Code shared by cnn_mnist.py and rnn_mnist.py, which contain the networks and the training loop.
 
-To understand a run, read as_floats, Loader, evaluate, Data and load_data. What else stands in the
-first four sections is there to be looked up: other data sets, what is printed, saved and loaded.
+To understand a run, read as_floats, Loader, evaluate, Data and load_data. The rest of the sections
+"loaders and evaluation", "data", "report" and "weights and files" can be looked up when you need it
+(for --augment: random_affine).
 
 You can skip the last three sections: "pictures of your own" (--predict), "options" (argparse), and
 "setup and errors" (repeatable runs; the exception UserError; reason(), which shortens messages).
@@ -26,8 +27,9 @@ from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, resize, resized_crop, to_pil_image
 
 # ---- loaders and evaluation ----
-# If you have to hand in a single file, copy this section into it; README.md has the rest. It needs
-# five of the imports: math, dataclass, SimpleNamespace, torch, and torch.nn.functional as F.
+# If you have to hand in a single file, copy this section into it; README.md shows the whole file.
+# The section needs five of the imports: math, dataclass, SimpleNamespace, torch, and
+# torch.nn.functional as F.
 
 
 def as_floats(images, labels, device):
@@ -56,8 +58,8 @@ class Loader:
         count = len(self.labels)
         order = torch.arange(count)
         if self.generator:
-            # The generator is on the CPU, so the order has to be drawn there. Say so, because a
-            # notebook may have called torch.set_default_device.
+            # The generator is on the CPU, so the order has to be drawn there, even if a notebook
+            # has called torch.set_default_device.
             order = torch.randperm(count, generator=self.generator, device="cpu")
         for indices in order.to(self.labels.device).split(self.batch_size):
             yield self.images[indices], self.labels[indices]
@@ -108,9 +110,9 @@ def print_tables(confusion, names):
         print(f"{name:<{width}}{p:>10.4f}{r:>10.4f}{f:>10.4f}{count:>10}")
     print("Confusion matrix (rows: true classes, columns: predicted classes):")
     # Show whole names if the matrix still fits in 80 characters; otherwise, cut them. A column has
-    # at least 6 characters, enough for a space and a count of 5 digits.
+    # at least 6 characters: a space, and 5 for the digits of a count.
     room = (80 - width) // len(names)
-    column = max(6, min(width, room)) - 1  # without the space before each column
+    column = max(6, min(width, room)) - 1  # without the space
     print(" " * width + "".join(f" {name[:column]:>{column}}" for name in names))
     for name, row in zip(names, confusion.tolist(), strict=True):
         print(f"{name:<{width}}" + "".join(f" {count:>{column}}" for count in row))
@@ -120,8 +122,8 @@ def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
     """Apply a different random rotation, scaling and shift to each image, on the images' device.
 
     images: (N, C, H, W) float, C channels; returns the same shape, with 0 outside the original
-    image. The largest changes, in both directions: degrees, scale (a fraction), and shift (in
-    pixels of the input, along each axis).
+    image. degrees, scale (a fraction) and shift (in pixels of the input, along each axis) are the
+    largest changes; the changes are positive or negative.
     """
     count, _, height, width = images.shape
     # four vectors (N,) of random numbers in [-1, 1)
@@ -160,8 +162,8 @@ def draw_digits(count, generator):
         digits[digit] = pil_to_tensor(picture)
     labels = torch.randint(10, (count,), generator=generator)
     # A strong distortion (30 degrees, 40%, 4 pixels) makes these digits about as hard to learn as
-    # MNIST. 500 images at a time fit in the CPU's cache, which is faster: each part has 500 labels,
-    # and digits[part] their 500 pictures.
+    # MNIST. 500 images at a time fit in the CPU's cache, which is faster.
+    # part: 500 labels; digits[part]: the picture of each, (500, 1, 28, 28).
     parts = [random_affine(digits[part], 30, 0.4, 4, generator) for part in labels.split(500)]
     return torch.cat(parts).round().byte().squeeze(1), labels
 
@@ -216,14 +218,15 @@ def load_data(args):
             train, held_out = draw_digits(60_000, generator), draw_digits(10_000, generator)
     else:
         train, held_out = read_dataset(args.dataset, args.data_dir)
-    # train and held_out are pairs of tensors: images (N, 28, 28), and labels (N,).
+    # train and held_out are pairs of tensors: images (N, 28, 28), and labels (N,). held_out is the
+    # test set; with --validate, it becomes the last training images.
     split = "validation" if args.validate else "test"
     if args.validate:
         held_out = [tensor[-args.validate :] for tensor in train]
         train = [tensor[: -args.validate] for tensor in train]
     train = [tensor[: args.limit] for tensor in train]  # without --limit, [:None] is everything
-    # A separate generator, so that the order of the images is the same for each network: to create
-    # a network also draws random numbers.
+    # The order of the images has its own generator. Otherwise, it would differ between networks,
+    # because creating a network draws random numbers, too.
     generator = torch.Generator().manual_seed(args.seed)
     # The stars pass the two tensors of a pair as two arguments.
     train_loader = Loader(*as_floats(*train, args.device), args.batch_size, generator)
@@ -237,11 +240,11 @@ def load_data(args):
 
 
 def describe(loader, split):
-    """Return how many samples a Loader or a DataLoader yields, such as "1,000 test samples"."""
+    """Return how much a Loader or a DataLoader yields, such as "1,000 test samples"."""
     if not loader.batch_size:  # a DataLoader with its own batch_sampler
         return f"{len(loader):,} {split} batches"
-    # The sampler of a DataLoader may select samples. With drop_last, an incomplete last batch is
-    # left out; then, there are fewer samples than the sampler has.
+    # The sampler of a DataLoader may select samples. drop_last leaves out an incomplete last batch,
+    # but the sampler does not know this, so the number of batches is a second limit.
     samples = loader.labels if isinstance(loader, Loader) else loader.sampler
     return f"{min(len(samples), len(loader) * loader.batch_size):,} {split} samples"
 
@@ -285,11 +288,12 @@ def write_log(file, epoch, data, train_loss, evaluation, seconds):
 def report(args, data, evaluation):
     """Print the final report and, with --errors, draw the misclassified images."""
     print("Training finished." if args.epochs > 0 else format_scores(data, evaluation))
-    # A network may have fewer or more outputs than there are names; those without are numbered.
+    # A network may have fewer or more outputs than there are names. An output without a name gets
+    # its number.
     outputs = len(evaluation.confusion)
     names = data.classes[:outputs] + [str(i) for i in range(len(data.classes), outputs)]
     if outputs > 50:
-        print(f"No tables of {outputs:,} outputs; see evaluation.confusion, which main returns.")
+        print(f"No tables of {outputs:,} outputs; the confusion matrix is evaluation.confusion.")
     else:
         print_tables(evaluation.confusion, names)
     if args.errors:
@@ -395,8 +399,8 @@ def find_ink(grey):
     """
     # Most pixels are paper, so the median is the level of the paper. If it is nearer to the darkest
     # pixel than to the lightest one, the ink is light: invert. But if a picture is cropped at the
-    # edges of a 1, most of its pixels are ink. So first make the picture square, by repeating its
-    # right (or lower) edge, which is mostly paper.
+    # edges of the digit 1, most of its pixels are ink. So first make the picture square, by
+    # repeating its right or lower edge: the digit touches it in a few places, the rest is paper.
     height, width = grey.shape
     square = F.pad(grey[None], (0, 256 - width, 0, 256 - height), mode="replicate")
     if square.median() - grey.min() < grey.max() - square.median():
@@ -407,8 +411,8 @@ def find_ink(grey):
     paper = F.adaptive_max_pool2d(grey[None], 10).clamp(min=grey.max() / 2)  # (1, 10, 10)
     paper = F.avg_pool2d(paper, 3, stride=1, padding=1, count_include_pad=False)  # smooth
     ink = F.interpolate(paper[None], grey.shape, mode="bilinear")[0, 0] - grey
-    # Most of the paper is slightly darker than the estimate, so some ink is left there. Nearly
-    # always, at least 40% of the pixels are paper: the 40% with the least ink become 0.
+    # Most of the paper is slightly darker than the estimate, so it would count as a little ink.
+    # Nearly always, at least 40% of the pixels are paper: the 40% with the least ink become 0.
     ink = (ink - ink.quantile(0.4)).clamp(min=0)
     # 30 of 255 is safe: in the 538 pictures, ink.max() was never below 99.
     if ink.max() < 30:
@@ -437,7 +441,7 @@ def main_components(ink):
     cell_ink = F.avg_pool2d(ink[None], 4)[0] * drawn
     # the ink of each component: bincount adds the second vector instead of counting
     total = torch.bincount(component.flatten(), cell_ink.flatten())
-    border = component.clone()  # the components in the outermost cells
+    border = component.clone()  # 0, and the components in the outermost cells
     border[1:-1, 1:-1] = 0
     total[border.unique()] /= 100
     is_kept = total > 0.3 * total.max()  # for each component
@@ -460,8 +464,8 @@ def mnist_form(grey):
     ink = main_components(find_ink(resize(grey[None], [height, width])[0]))
     drawn = (ink > 0.25).nonzero()  # (pixels, 2): the strokes, without their blurred edge
     longer = 1 + (drawn.amax(dim=0) - drawn.amin(dim=0)).max().item()
-    # The longer side of MNIST's digits has 20 of 28 pixels, thick strokes included. Most people's
-    # strokes are thinner; if their digits got 20 pixels, they would be too large, so they get 19.
+    # The longer side of MNIST's digits has 20 of 28 pixels, and thick strokes. Most people's
+    # strokes are thinner. With 20 pixels, their middle would be too far out, so use 19.
     side = round(longer * 28 / 19)
     centre = drawn.float().mean(dim=0) + 0.5  # because the middle of pixel i is at i + 0.5
     top, left = (centre - side * 14.5 / 28).round().int().tolist()
@@ -477,8 +481,8 @@ def read_picture(file):
     """Read a picture file; return the image of its digit in MNIST's format (1, 28, 28)."""
     image = ImageOps.exif_transpose(Image.open(file))  # upright, if it has a note from its camera
     level, alpha = pil_to_tensor(image.convert("LA")).float()
-    # What is transparent becomes white. But if there are no strokes darker than 225 then, these are
-    # white themselves, so what is transparent becomes black.
+    # What is transparent becomes white. But if nothing in the result is darker than 225, the
+    # strokes are white, too; then, what is transparent becomes black.
     on_black = level * alpha / 255
     on_white = on_black + 255 - alpha
     return mnist_form(on_white if on_white.min() < 225 else on_black)
@@ -629,7 +633,7 @@ def set_up(seed):
     # the next training step takes time. With these settings, the process keeps it: see mallopt(3).
     with contextlib.suppress(OSError, AttributeError):  # on a system without glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks, too, come from the memory that is kept
+        mallopt(-4, 0)  # M_MMAP_MAX: no block directly from the system, so large ones are kept, too
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: no memory is returned
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         # Show progress immediately, also in a pipe; print "?" for a letter that cannot be encoded.
@@ -654,7 +658,8 @@ def run(main):
 
     A UserError is printed as one line, with exit status 1; Ctrl-C gives status 130.
     """
-    # Only in a notebook or an IDE, stdout has no such method. It displays errors itself.
+    # Only the stdout of notebooks and IDEs has no method reconfigure. They display errors
+    # themselves.
     if not hasattr(sys.stdout, "reconfigure"):
         return main()
     try:

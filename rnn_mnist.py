@@ -53,19 +53,19 @@ def main(argv=None, model=RNN, data=None):
     evaluation is None.
     """
     # options
-    # one_cycle_lr and, further below, shift were chosen on held-out training images.
+    # This number, and shift in the loop, were chosen on held-out training images: see --validate.
     parser = common.make_parser(__doc__, one_cycle_lr=0.005)
     parser.add_argument(
         "--hidden",
         type=common.positive_int,
         default=128,
-        help="hidden size; with --load, type the same as for --save (default: 128)",
+        help="hidden size; with --load: the same as for --save (default: 128)",
     )
     parser.add_argument(
         "--layers",
         type=common.positive_int,
         default=2,
-        help="number of LSTM layers; with --load, type the same as for --save (default: 2)",
+        help="number of LSTM layers; with --load: the same as for --save (default: 2)",
     )
     args = common.parse_args(parser, argv, data)
     common.set_up(args.seed)
@@ -92,7 +92,7 @@ def main(argv=None, model=RNN, data=None):
     # fused=True is faster: one operation updates all weights. Of torch's optimizers, only Adam,
     # AdamW, SGD and Adagrad have it. args.lr is 0.001 by default (with --one-cycle: one_cycle_lr).
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    if args.one_cycle:  # The learning rate rises from args.lr / 25 to args.lr, then falls.
+    if args.one_cycle:  # OneCycleLR starts at args.lr / 25, rises to args.lr, then falls.
         total_steps = max(1, args.epochs * steps)  # with 0 epochs, OneCycleLR would fail
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps)
     for epoch in range(1, args.epochs + 1):
@@ -111,8 +111,8 @@ def main(argv=None, model=RNN, data=None):
             optimizer.step()
             if args.one_cycle:
                 scheduler.step()
-            losses.append(loss.detach())  # loss.item() would wait for the GPU, as printing does
-            if step % 100 == 0 or step == steps:
+            losses.append(loss.detach())  # loss.item() would wait for the GPU in each step
+            if step % 100 == 0 or step == steps:  # because printing waits for the GPU, too
                 print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
         train_loss = torch.stack(losses).mean().item()
         seconds = time.perf_counter() - start  # after item(), which waits for the GPU
@@ -135,4 +135,5 @@ def main(argv=None, model=RNN, data=None):
 
 
 if __name__ == "__main__":
-    model, evaluation = common.run(main)  # After %run, a notebook has these variables.
+    # run() calls main() and shortens error messages. After %run, a notebook has both variables.
+    model, evaluation = common.run(main)
