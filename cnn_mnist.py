@@ -36,8 +36,8 @@ class CNN(nn.Module):
 
     def forward(self, x):
         if x.device.type == "cpu":
-            # On a CPU, convolutions are faster if the channels are last in memory. The strides of x
-            # select this order. clone() sets them; to() does not if there is only one channel.
+            # On a CPU, convolutions are faster with the channels last in memory. (clone, not to,
+            # because to ignores this format if there is only one channel.)
             x = x.clone(memory_format=torch.channels_last)
         # ReLU and max pooling can be swapped. Pooling first leaves fewer values for ReLU.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))  # (N, 16, 14, 14)
@@ -57,7 +57,7 @@ def main(argv=None, model=CNN, data=None):
     evaluation is None.
     """
     # options
-    # This number, and shift in the loop, were chosen on held-out training images: see --validate.
+    # one_cycle_lr, and shift in the loop, were chosen on held-out training images (--validate).
     parser = common.make_parser(__doc__, one_cycle_lr=0.01)
     args = common.parse_args(parser, argv, data)
     common.set_up(args.seed)
@@ -90,7 +90,7 @@ def main(argv=None, model=CNN, data=None):
         losses = []
         model.train()
         for step, (images, labels) in enumerate(data.train_loader, start=1):
-            # common.Loader has its batches on the device already; your own loader may not.
+            # The batches of load_data are on the device already; those of your own loader may not.
             images, labels = images.to(args.device), labels.to(args.device)
             if args.augment:
                 images = common.random_affine(images, shift=1)  # by at most 1 pixel
@@ -101,12 +101,12 @@ def main(argv=None, model=CNN, data=None):
             optimizer.step()
             if args.one_cycle:
                 scheduler.step()
-            losses.append(loss.detach())  # loss.item() would wait for the GPU in each step
-            if step % 100 == 0 or step == steps:  # because printing waits for the GPU, too
+            losses.append(loss.detach())  # without its graph; loss.item() would wait for the GPU
+            if step % 100 == 0 or step == steps:  # not in each step: printing waits for the GPU
                 print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
         train_loss = torch.stack(losses).mean().item()
         seconds = time.perf_counter() - start  # after item(), which waits for the GPU
-        # To choose options, use --validate: then, this evaluates on held-out training images.
+        # To compare options, add --validate: then, this is done on held-out training images.
         evaluation = common.evaluate(model, data.eval_loader)
         common.check_finite(train_loss, evaluation.loss)
         scores = common.format_scores(data, evaluation)
@@ -125,5 +125,5 @@ def main(argv=None, model=CNN, data=None):
 
 
 if __name__ == "__main__":
-    # run() calls main() and shortens error messages. After %run, a notebook has both variables.
+    # run() calls main() and shortens error messages. %run leaves model and evaluation behind.
     model, evaluation = common.run(main)

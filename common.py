@@ -1,8 +1,8 @@
 """Code shared by cnn_mnist.py and rnn_mnist.py, which contain the networks and the training loop.
 
-To understand a run, read as_floats, Loader, evaluate, Data and load_data. The rest of the sections
-"loaders and evaluation", "data", "report" and "weights and files" can be looked up when you need it
-(for --augment: random_affine).
+To understand a run, read as_floats, Loader, evaluate, Data and load_data. What else is in the
+sections "loaders and evaluation", "data", "report" and "weights and files" can be looked up when
+you need it (for --augment: random_affine).
 
 You can skip the last three sections: "pictures of your own" (--predict), "options" (argparse), and
 "setup and errors" (repeatable runs; the exception UserError; reason(), which shortens messages).
@@ -27,7 +27,7 @@ from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, resize, resized_crop, to_pil_image
 
 # ---- loaders and evaluation ----
-# If you have to hand in a single file, copy this section into it; README.md shows the whole file.
+# If you have to hand in a single file, copy this section into it: README.md shows such a file.
 # The section needs five of the imports: math, dataclass, SimpleNamespace, torch, and
 # torch.nn.functional as F.
 
@@ -131,9 +131,10 @@ def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
     angle *= math.radians(degrees)
     zoom = 1 + zoom * scale
     # affine_grid needs the inverse map: for each output pixel, the input position that it is copied
-    # from. That is a rotation matrix divided by zoom, then the shift. affine_grid measures x in
-    # units of width / 2, and y in units of height / 2. So whatever goes from y into x is multiplied
-    # by height / width, and from x into y by width / height (for square images, both are 1).
+    # from. That is a rotation matrix divided by zoom, then the shift. (The signs of angle and shift
+    # do not matter, because they are random.) affine_grid measures x in units of width / 2, and y
+    # in units of height / 2. So whatever goes from y into x is multiplied by height / width, and
+    # from x into y by width / height (for square images, both are 1).
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     x_row = [cos, -sin * (height / width), dx * shift * 2 / width]
     y_row = [sin * (width / height), cos, dy * shift * 2 / height]
@@ -213,7 +214,7 @@ class Data:
 def load_data(args):
     """Return the Data that the options select, on the device. Raises UserError if that fails."""
     if args.dataset == "synthetic":
-        generator = torch.Generator().manual_seed(0)  # not args.seed: all seeds get the same digits
+        generator = torch.Generator().manual_seed(0)  # the same digits for each value of --seed
         with torch.device("cpu"):  # even if torch.set_default_device was called
             train, held_out = draw_digits(60_000, generator), draw_digits(10_000, generator)
     else:
@@ -243,8 +244,8 @@ def describe(loader, split):
     """Return how much a Loader or a DataLoader yields, such as "1,000 test samples"."""
     if not loader.batch_size:  # a DataLoader with its own batch_sampler
         return f"{len(loader):,} {split} batches"
-    # The sampler of a DataLoader may select samples. drop_last leaves out an incomplete last batch,
-    # but the sampler does not know this, so the number of batches is a second limit.
+    # The sampler of a DataLoader may select samples, so count those. But with drop_last, an
+    # incomplete last batch is left out, so there are never more than fit in the batches.
     samples = loader.labels if isinstance(loader, Loader) else loader.sampler
     return f"{min(len(samples), len(loader) * loader.batch_size):,} {split} samples"
 
@@ -341,7 +342,8 @@ def os_error_as_user_error(file):
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {file}: {reason(error)}; close it elsewhere, or choose another path"
+            f"cannot write {file}: {reason(error)}; close it in other programs, "
+            "or choose another path"
         ) from error
 
 
@@ -400,7 +402,8 @@ def find_ink(grey):
     # Most pixels are paper, so the median is the level of the paper. If it is nearer to the darkest
     # pixel than to the lightest one, the ink is light: invert. But if a picture is cropped at the
     # edges of the digit 1, most of its pixels are ink. So first make the picture square, by
-    # repeating its right or lower edge: the digit touches it in a few places, the rest is paper.
+    # repeating its right or lower edge. Most of an edge is paper, because a digit rarely touches it
+    # in more than a few places.
     height, width = grey.shape
     square = F.pad(grey[None], (0, 256 - width, 0, 256 - height), mode="replicate")
     if square.median() - grey.min() < grey.max() - square.median():
@@ -441,8 +444,8 @@ def main_components(ink):
     cell_ink = F.avg_pool2d(ink[None], 4)[0] * drawn
     # the ink of each component: bincount adds the second vector instead of counting
     total = torch.bincount(component.flatten(), cell_ink.flatten())
-    border = component.clone()  # 0, and the components in the outermost cells
-    border[1:-1, 1:-1] = 0
+    border = component.clone()
+    border[1:-1, 1:-1] = 0  # now, border has only the components in the outermost cells, and 0
     total[border.unique()] /= 100
     is_kept = total > 0.3 * total.max()  # for each component
     kept = is_kept[component].float()  # for each cell: 1 if its component is kept, otherwise 0
@@ -458,28 +461,29 @@ def mnist_form(grey):
     on average; see LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document
     recognition" (1998). Raises ValueError if there is hardly any contrast.
     """
-    # The longer side becomes 256 pixels, the other one a multiple of 4. With fewer, thin strokes
-    # would vanish; with more, strokes would fall apart into several components.
+    # The longer side becomes 256 pixels, the other one a multiple of 4. With fewer pixels, thin
+    # strokes would vanish; with more, strokes would fall apart into several components.
     height, width = (4 * math.ceil(side * 64 / max(grey.shape)) for side in grey.shape)
     ink = main_components(find_ink(resize(grey[None], [height, width])[0]))
     drawn = (ink > 0.25).nonzero()  # (pixels, 2): the strokes, without their blurred edge
     longer = 1 + (drawn.amax(dim=0) - drawn.amin(dim=0)).max().item()
     # The longer side of MNIST's digits has 20 of 28 pixels, and thick strokes. Most people's
-    # strokes are thinner. With 20 pixels, their middle would be too far out, so use 19.
+    # strokes are thinner. With 20 pixels, the middle of each stroke would be too far out: use 19.
     side = round(longer * 28 / 19)
     centre = drawn.float().mean(dim=0) + 0.5  # because the middle of pixel i is at i + 0.5
     top, left = (centre - side * 14.5 / 28).round().int().tolist()
-    digit = resized_crop(ink[None], top, left, side, side, 28)
+    digit = resized_crop(ink[None], top, left, side, side, 28)  # 0 outside of the picture
     digit = digit / digit.max()
     # Bring the mean closer to that of MNIST's training images, 0.1307: this makes the strokes of a
-    # pencil bolder, and those of a felt pen thinner. (It would be exact if all pixels were equal.)
+    # pencil bolder, and those of a felt pen thinner. gamma solves mean**gamma = 0.1307; the mean of
+    # digit**gamma comes close to it.
     gamma = math.log(0.1307) / math.log(digit.mean())
     return digit**gamma
 
 
 def read_picture(file):
     """Read a picture file; return the image of its digit in MNIST's format (1, 28, 28)."""
-    image = ImageOps.exif_transpose(Image.open(file))  # upright, if it has a note from its camera
+    image = ImageOps.exif_transpose(Image.open(file))  # upright, as the EXIF data say
     level, alpha = pil_to_tensor(image.convert("LA")).float()
     # What is transparent becomes white. But if nothing in the result is darker than 225, the
     # strokes are white, too; then, what is transparent becomes black.
@@ -544,7 +548,7 @@ def make_parser(description, one_cycle_lr):
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.set_defaults(one_cycle_lr=one_cycle_lr)
+    parser.set_defaults(one_cycle_lr=one_cycle_lr)  # not an option, only a value for parse_args
 
     add = parser.add_argument_group("training").add_argument  # add(...) adds to this group
     add("--epochs", type=int, default=10, help="0: only evaluate (default: 10)")
@@ -552,7 +556,7 @@ def make_parser(description, one_cycle_lr):
     add("--lr", type=float, help=f"default: 0.001, or {one_cycle_lr} with --one-cycle")
     add("--one-cycle", action="store_true", help="raise the learning rate to --lr, then lower it")
     add("--augment", action="store_true", help="rotate, scale and shift training images at random")
-    add("--seed", type=int, default=0, help="same seed and machine, same weights (default: 0)")
+    add("--seed", type=int, default=0, help="same seed and machine: same weights (default: 0)")
     add("--device", type=find_device, default="auto", help="cpu, cuda, cuda:1, mps, ... or auto")
 
     add = parser.add_argument_group("data").add_argument
@@ -585,9 +589,9 @@ def parse_args(parser, argv, data=None):
     data: the caller's own Data, if any; with it, some options are refused.
     """
     if argv is None:
-        # In a console, such as a notebook's, sys.argv has the console's arguments, not ours. One
-        # recognizes most consoles because __main__ has no file. In Visual Studio Code and PyCharm,
-        # it has one, but sys.argv[0] has one of these names.
+        # In a console, such as a notebook's, sys.argv has the console's arguments, not ours. In
+        # most consoles, __main__ has no file. In Visual Studio Code and PyCharm, __main__ has a
+        # file, but sys.argv[0] ends with one of these names.
         consoles = ("kernel_launcher.py", "pydevconsole.py")
         has_file = hasattr(sys.modules["__main__"], "__file__")
         argv = sys.argv[1:] if has_file and not sys.argv[0].endswith(consoles) else []
@@ -633,7 +637,7 @@ def set_up(seed):
     # the next training step takes time. With these settings, the process keeps it: see mallopt(3).
     with contextlib.suppress(OSError, AttributeError):  # on a system without glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block directly from the system, so large ones are kept, too
+        mallopt(-4, 0)  # M_MMAP_MAX: no exception for large blocks
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: no memory is returned
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         # Show progress immediately, also in a pipe; print "?" for a letter that cannot be encoded.
@@ -658,8 +662,7 @@ def run(main):
 
     A UserError is printed as one line, with exit status 1; Ctrl-C gives status 130.
     """
-    # Only the stdout of notebooks and IDEs has no method reconfigure. They display errors
-    # themselves.
+    # Without this method, it is the stdout of a notebook or an IDE, which displays errors itself.
     if not hasattr(sys.stdout, "reconfigure"):
         return main()
     try:
