@@ -90,7 +90,7 @@ def main(argv=None, model=CNN, data=None):
         losses = []
         model.train()
         for step, (images, labels) in enumerate(data.train_loader, start=1):
-            # The batches of load_data are on the device already; those of your own loader may not.
+            # load_data puts its batches on the device; those of your own loader may be elsewhere.
             images, labels = images.to(args.device), labels.to(args.device)
             if args.augment:
                 images = common.random_affine(images, shift=1)  # by at most 1 pixel
