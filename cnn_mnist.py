@@ -36,8 +36,8 @@ class CNN(nn.Module):
 
     def forward(self, x):
         if x.device.type == "cpu":
-            # On a CPU, convolutions are faster with the channels last in memory. (clone, not to,
-            # because to ignores this format if there is only one channel.)
+            # On a CPU, convolutions are faster with the channels last in memory. (clone(),
+            # because to() ignores this format if there is only one channel.)
             x = x.clone(memory_format=torch.channels_last)
         # ReLU and max pooling can be swapped. Pooling first leaves fewer values for ReLU.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))  # (N, 16, 14, 14)
@@ -57,7 +57,7 @@ def main(argv=None, model=CNN, data=None):
     evaluation is None.
     """
     # options
-    # one_cycle_lr, and shift in the loop, were chosen on held-out training images (--validate).
+    # one_cycle_lr was chosen on held-out training images (--validate), and so was shift, below.
     parser = common.make_parser(__doc__, one_cycle_lr=0.01)
     args = common.parse_args(parser, argv, data)
     common.set_up(args.seed)
@@ -79,8 +79,8 @@ def main(argv=None, model=CNN, data=None):
 
     # train
     criterion = nn.CrossEntropyLoss()
-    # fused=True is faster: one operation updates all weights. Of torch's optimizers, only Adam,
-    # AdamW, SGD and Adagrad have it. args.lr is 0.001 by default (with --one-cycle: one_cycle_lr).
+    # fused=True is faster: one operation updates all weights. Adam, AdamW, SGD have it; remove it
+    # for another optimizer. args.lr is 0.001 by default (with --one-cycle: one_cycle_lr).
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     if args.one_cycle:  # OneCycleLR starts at args.lr / 25, rises to args.lr, then falls.
         total_steps = max(1, args.epochs * steps)  # with 0 epochs, OneCycleLR would fail
@@ -106,7 +106,7 @@ def main(argv=None, model=CNN, data=None):
                 print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
         train_loss = torch.stack(losses).mean().item()
         seconds = time.perf_counter() - start  # after item(), which waits for the GPU
-        # To compare options, add --validate: then, this is done on held-out training images.
+        # To compare options, add --validate: then, the evaluation uses held-out training images.
         evaluation = common.evaluate(model, data.eval_loader)
         common.check_finite(train_loss, evaluation.loss)
         scores = common.format_scores(data, evaluation)
@@ -125,5 +125,5 @@ def main(argv=None, model=CNN, data=None):
 
 
 if __name__ == "__main__":
-    # run() calls main() and shortens error messages. %run leaves model and evaluation behind.
+    # run() calls main() and shortens error messages. After %run, a notebook has both variables.
     model, evaluation = common.run(main)

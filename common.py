@@ -1,8 +1,8 @@
 """Code shared by cnn_mnist.py and rnn_mnist.py, which contain the networks and the training loop.
 
-To understand a run, read as_floats, Loader, evaluate, Data and load_data. What else is in the
-sections "loaders and evaluation", "data", "report" and "weights and files" can be looked up when
-you need it (for --augment: random_affine).
+To understand a run, read as_floats, Loader, evaluate, Data and load_data. When you need them, look
+up the other parts of the sections "loaders and evaluation", "data", "report" and "weights and
+files" (for --augment: random_affine).
 
 You can skip the last three sections: "pictures of your own" (--predict), "options" (argparse), and
 "setup and errors" (repeatable runs; the exception UserError; reason(), which shortens messages).
@@ -245,7 +245,7 @@ def describe(loader, split):
     if not loader.batch_size:  # a DataLoader with its own batch_sampler
         return f"{len(loader):,} {split} batches"
     # The sampler of a DataLoader may select samples, so count those. But with drop_last, an
-    # incomplete last batch is left out, so there are never more than fit in the batches.
+    # incomplete last batch is left out, so there are never more samples than fit in the batches.
     samples = loader.labels if isinstance(loader, Loader) else loader.sampler
     return f"{min(len(samples), len(loader) * loader.batch_size):,} {split} samples"
 
@@ -400,8 +400,8 @@ def find_ink(grey):
     contrast.
     """
     # Most pixels are paper, so the median is the level of the paper. If it is nearer to the darkest
-    # pixel than to the lightest one, the ink is light: invert. But if a picture is cropped at the
-    # edges of the digit 1, most of its pixels are ink. So first make the picture square, by
+    # pixel than to the lightest one, the ink is light: invert. But if a picture is cropped closely
+    # around the digit 1, most of its pixels are ink. So first make the picture square, by
     # repeating its right or lower edge. Most of an edge is paper, because a digit rarely touches it
     # in more than a few places.
     height, width = grey.shape
@@ -445,7 +445,7 @@ def main_components(ink):
     # the ink of each component: bincount adds the second vector instead of counting
     total = torch.bincount(component.flatten(), cell_ink.flatten())
     border = component.clone()
-    border[1:-1, 1:-1] = 0  # now, border has only the components in the outermost cells, and 0
+    border[1:-1, 1:-1] = 0  # only the outermost cells remain (and 0, which has no ink)
     total[border.unique()] /= 100
     is_kept = total > 0.3 * total.max()  # for each component
     kept = is_kept[component].float()  # for each cell: 1 if its component is kept, otherwise 0
@@ -467,7 +467,7 @@ def mnist_form(grey):
     ink = main_components(find_ink(resize(grey[None], [height, width])[0]))
     drawn = (ink > 0.25).nonzero()  # (pixels, 2): the strokes, without their blurred edge
     longer = 1 + (drawn.amax(dim=0) - drawn.amin(dim=0)).max().item()
-    # The longer side of MNIST's digits has 20 of 28 pixels, and thick strokes. Most people's
+    # MNIST's digits have thick strokes, and 20 of 28 pixels on their longer side. Most people's
     # strokes are thinner. With 20 pixels, the middle of each stroke would be too far out: use 19.
     side = round(longer * 28 / 19)
     centre = drawn.float().mean(dim=0) + 0.5  # because the middle of pixel i is at i + 0.5
@@ -475,8 +475,8 @@ def mnist_form(grey):
     digit = resized_crop(ink[None], top, left, side, side, 28)  # 0 outside of the picture
     digit = digit / digit.max()
     # Bring the mean closer to that of MNIST's training images, 0.1307: this makes the strokes of a
-    # pencil bolder, and those of a felt pen thinner. gamma solves mean**gamma = 0.1307; the mean of
-    # digit**gamma comes close to it.
+    # pencil bolder, and those of a felt pen thinner. gamma solves mean**gamma = 0.1307,
+    # which would be exact if all pixels were equal.
     gamma = math.log(0.1307) / math.log(digit.mean())
     return digit**gamma
 
@@ -485,7 +485,7 @@ def read_picture(file):
     """Read a picture file; return the image of its digit in MNIST's format (1, 28, 28)."""
     image = ImageOps.exif_transpose(Image.open(file))  # upright, as the EXIF data say
     level, alpha = pil_to_tensor(image.convert("LA")).float()
-    # What is transparent becomes white. But if nothing in the result is darker than 225, the
+    # What is transparent becomes white. But if nothing on white is darker than 225, the
     # strokes are white, too; then, what is transparent becomes black.
     on_black = level * alpha / 255
     on_white = on_black + 255 - alpha
@@ -637,7 +637,7 @@ def set_up(seed):
     # the next training step takes time. With these settings, the process keeps it: see mallopt(3).
     with contextlib.suppress(OSError, AttributeError):  # on a system without glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no exception for large blocks
+        mallopt(-4, 0)  # M_MMAP_MAX: treat large blocks like small ones
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: no memory is returned
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         # Show progress immediately, also in a pipe; print "?" for a letter that cannot be encoded.
@@ -662,7 +662,7 @@ def run(main):
 
     A UserError is printed as one line, with exit status 1; Ctrl-C gives status 130.
     """
-    # Without this method, it is the stdout of a notebook or an IDE, which displays errors itself.
+    # The stdout of notebooks and IDEs has no method reconfigure. They display errors themselves.
     if not hasattr(sys.stdout, "reconfigure"):
         return main()
     try:

@@ -53,19 +53,19 @@ def main(argv=None, model=RNN, data=None):
     evaluation is None.
     """
     # options
-    # one_cycle_lr, and shift in the loop, were chosen on held-out training images (--validate).
+    # one_cycle_lr was chosen on held-out training images (--validate), and so was shift, below.
     parser = common.make_parser(__doc__, one_cycle_lr=0.005)
     parser.add_argument(
         "--hidden",
         type=common.positive_int,
         default=128,
-        help="hidden size; with --load: the size that was saved (default: 128)",
+        help="hidden size, the same for --save and --load (default: 128)",
     )
     parser.add_argument(
         "--layers",
         type=common.positive_int,
         default=2,
-        help="number of LSTM layers; with --load: the number that was saved (default: 2)",
+        help="number of LSTM layers, the same for --save and --load (default: 2)",
     )
     args = common.parse_args(parser, argv, data)
     common.set_up(args.seed)
@@ -89,8 +89,8 @@ def main(argv=None, model=RNN, data=None):
 
     # train
     criterion = nn.CrossEntropyLoss()
-    # fused=True is faster: one operation updates all weights. Of torch's optimizers, only Adam,
-    # AdamW, SGD and Adagrad have it. args.lr is 0.001 by default (with --one-cycle: one_cycle_lr).
+    # fused=True is faster: one operation updates all weights. Adam, AdamW, SGD have it; remove it
+    # for another optimizer. args.lr is 0.001 by default (with --one-cycle: one_cycle_lr).
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     if args.one_cycle:  # OneCycleLR starts at args.lr / 25, rises to args.lr, then falls.
         total_steps = max(1, args.epochs * steps)  # with 0 epochs, OneCycleLR would fail
@@ -116,7 +116,7 @@ def main(argv=None, model=RNN, data=None):
                 print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
         train_loss = torch.stack(losses).mean().item()
         seconds = time.perf_counter() - start  # after item(), which waits for the GPU
-        # To compare options, add --validate: then, this is done on held-out training images.
+        # To compare options, add --validate: then, the evaluation uses held-out training images.
         evaluation = common.evaluate(model, data.eval_loader)
         common.check_finite(train_loss, evaluation.loss)
         scores = common.format_scores(data, evaluation)
@@ -135,5 +135,5 @@ def main(argv=None, model=RNN, data=None):
 
 
 if __name__ == "__main__":
-    # run() calls main() and shortens error messages. %run leaves model and evaluation behind.
+    # run() calls main() and shortens error messages. After %run, a notebook has both variables.
     model, evaluation = common.run(main)
