@@ -123,7 +123,8 @@ def random_affine(images, degrees=10, scale=0.1, shift=2, generator=None):
 
     images: (N, C, H, W) float, C channels; returns the same shape, with 0 outside the original
     image. degrees, scale (a fraction) and shift (in pixels of the input, along each axis) are the
-    largest changes; the changes are positive or negative.
+    largest changes; the changes are positive or negative. generator: a torch.Generator on the same
+    device.
     """
     count, _, height, width = images.shape
     # four vectors (N,) of random numbers in [-1, 1)
@@ -221,8 +222,9 @@ def load_data(args):
         train, held_out = read_dataset(args.dataset, args.data_dir)
     # train and held_out are pairs of tensors: images (N, 28, 28), and labels (N,). held_out is the
     # test set; with --validate, it becomes the last training images.
-    split = "validation" if args.validate else "test"
+    split = "test"
     if args.validate:
+        split = "validation"
         held_out = [tensor[-args.validate :] for tensor in train]
         train = [tensor[: -args.validate] for tensor in train]
     train = [tensor[: args.limit] for tensor in train]  # without --limit, [:None] is everything
@@ -276,7 +278,10 @@ def format_scores(data, evaluation):
 
 
 def write_log(file, epoch, data, train_loss, evaluation, seconds):
-    """Write the results of an epoch as a row of a CSV file; epoch 1 starts a new file."""
+    """Write the results of an epoch as a row of a CSV file; epoch 1 starts a new file.
+
+    Raises UserError if the file cannot be written.
+    """
     with os_error_as_user_error(file), open(file, "w" if epoch == 1 else "a") as log:
         if epoch == 1:
             log.write(f"epoch,train_loss,{data.split}_loss,{data.split}_accuracy,seconds\n")
@@ -287,7 +292,10 @@ def write_log(file, epoch, data, train_loss, evaluation, seconds):
 
 
 def report(args, data, evaluation):
-    """Print the final report and, with --errors, draw the misclassified images."""
+    """Print the final report and, with --errors, draw the misclassified images.
+
+    evaluation: from `evaluate` on data.eval_loader. Raises UserError as draw_errors does.
+    """
     print("Training finished." if args.epochs > 0 else format_scores(data, evaluation))
     # A network may have fewer or more outputs than there are names. An output without a name gets
     # its number.
@@ -305,7 +313,7 @@ def draw_errors(file, evaluation, loader, names):
     """Draw up to 100 misclassified images, most confident first, as a PNG file.
 
     The images are (H, W), (1, H, W) or (3, H, W). If an image has values outside [0, 1], it is
-    rescaled to [0, 1]. Raises UserError if the file cannot be written.
+    rescaled to [0, 1]. Raises UserError if the loader shuffles, or if the file cannot be written.
     """
     confidence, predicted = evaluation.logits.softmax(dim=1).max(dim=1)
     wrong = (predicted != evaluation.labels).nonzero().flatten()
@@ -342,8 +350,7 @@ def os_error_as_user_error(file):
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {file}: {reason(error)}; close it in other programs, "
-            "or choose another path"
+            f"cannot write {file}: {reason(error)}; close the file, or choose another path"
         ) from error
 
 
@@ -482,7 +489,10 @@ def mnist_form(grey):
 
 
 def read_picture(file):
-    """Read a picture file; return the image of its digit in MNIST's format (1, 28, 28)."""
+    """Read a picture file; return the image of its digit in MNIST's format (1, 28, 28).
+
+    Raises the errors of Pillow if it cannot read the file, and ValueError if it finds no strokes.
+    """
     image = ImageOps.exif_transpose(Image.open(file))  # upright, as the EXIF data say
     level, alpha = pil_to_tensor(image.convert("LA")).float()
     # What is transparent becomes white. But if nothing on white is darker than 225, the
@@ -518,14 +528,17 @@ def predict_pictures(model, args):
 
 
 def positive_int(text):
-    """argparse type: an integer of at least 1."""
+    """argparse type: an integer of at least 1; otherwise, raises ValueError."""
     if int(text) < 1:
         raise ValueError
     return int(text)
 
 
 def find_device(name):
-    """argparse type: convert a name to a torch.device; `auto` prefers a GPU to the CPU."""
+    """argparse type: convert a name to a torch.device; `auto` prefers a GPU to the CPU.
+
+    Raises argparse.ArgumentTypeError if the device cannot be used.
+    """
     if name == "auto":
         found = torch.accelerator.is_available()
         name = str(torch.accelerator.current_accelerator()) if found else "cpu"
@@ -560,19 +573,10 @@ def make_parser(description, one_cycle_lr):
     add("--device", type=find_device, default="auto", help="cpu, cuda, cuda:1, mps, ... or auto")
 
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--dataset",
-        choices=DATASETS,
-        default="mnist",
-        help="default: mnist; synthetic: no download",
-    )
+    add("--dataset", choices=DATASETS, default="mnist", help="default: mnist; offline: synthetic")
     add("--data-dir", default="data", help="dataset folder (default: data)")
     add("--limit", type=positive_int, help="train on the first LIMIT training images")
-    add(
-        "--validate",
-        type=positive_int,
-        help="train without the last VALIDATE images; evaluate on them",
-    )
+    add("--validate", type=positive_int, help="hold out the last VALIDATE images to evaluate on")
 
     add = parser.add_argument_group("results").add_argument
     add("--log", help="CSV file for the losses, accuracy and time of each epoch")
@@ -586,7 +590,8 @@ def make_parser(description, one_cycle_lr):
 def parse_args(parser, argv, data=None):
     """Parse `argv`, a list or a string (None: the command line), and check the options.
 
-    data: the caller's own Data, if any; with it, some options are refused.
+    data: the caller's own Data, if any; with it, some options are refused. Ends the program
+    (SystemExit, status 2) if an option is wrong; raises UserError if a file cannot be written.
     """
     if argv is None:
         # In a console, such as a notebook's, sys.argv has the console's arguments, not ours. In
@@ -606,8 +611,8 @@ def parse_args(parser, argv, data=None):
         parser.error(f"argument --predict: reads only digits, and {args.dataset} has none")
     if args.errors and not args.errors.lower().endswith(".png"):
         parser.error("argument --errors: the file name must end in .png")
-    if data and (args.limit or args.validate):
-        parser.error("--limit and --validate do not split your own data; split it yourself")
+    if data and (args.limit or args.validate or args.batch_size != 100):
+        parser.error("--limit, --validate, --batch-size: split and batch your own data yourself")
     # A DataLoader that shuffles has a RandomSampler, SubsetRandomSampler or WeightedRandomSampler;
     # the text of each contains "Random".
     if data and args.errors and "Random" in str(getattr(data.eval_loader, "sampler", "")):

@@ -47,8 +47,8 @@ def main(argv=None, model=RNN, data=None):
     model: a class or function that creates the network, or a network to train further. A class or
     function is called after the seed is set, so that the seed decides the first weights. Only RNN
     uses --hidden and --layers.
-    data: your own common.Data instead of the dataset that the options select. Then, --limit and
-    --validate are refused, and --dataset, --data-dir and --batch-size have no effect.
+    data: your own common.Data instead of the dataset that the options select. Then, --limit,
+    --validate and --batch-size are refused, and --dataset and --data-dir have no effect.
     The network is returned in evaluation mode. With --predict, nothing is trained, and the
     evaluation is None.
     """
