@@ -4,11 +4,6 @@ python cnn_mnist.py --epochs 10 --device cuda
 python cnn_mnist.py --one-cycle --augment --save cnn.pt
 
 The first command reaches a test accuracy of about 98.8%, the second one 99.4%.
-
-common.py has to lie beside this file; its first lines say what to read in it. (Do not install it:
-PyPI's package "common" is another one.) The same training loop is also in rnn_mnist.py, on purpose,
-so that you can read each script alone. The two scripts differ in the network with its options, and
-in two numbers: one_cycle_lr and shift.
 """
 
 import time
@@ -17,113 +12,104 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
+import common  # the file beside this one; PyPI's package "common" is another one
+from common import Epoch, check_results, create_model, evaluate, format_scores, random_affine
+
+# rnn_mnist.py contains the same loop, on purpose, so that you can read each file alone. They differ
+# in the network, its options, and two numbers: the peak of the learning rate, and the shift.
 
 
 class CNN(nn.Module):
-    """Map images (N, 1, 28, 28) in [0, 1] to logits (N, 10).
+    """Map images (N, 1, 28, 28) in [0, 1] to logits (N, num_classes).
 
     Logits are the scores before softmax: there is no softmax here, because CrossEntropyLoss applies
     it.
     """
 
-    def __init__(self):
+    def __init__(self, num_classes=10):
         super().__init__()
         # With padding 1, a 3x3 convolution keeps the size of the image; only pooling halves it.
-        self.conv1 = nn.Conv2d(1, 16, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv2d(16, 32, kernel_size=3, padding=1)
-        self.fc = nn.Linear(32 * 7 * 7, 10)
+        self.conv1 = nn.Conv2d(1, 16, kernel_size=3, padding=1)  # 160 parameters
+        self.conv2 = nn.Conv2d(16, 32, kernel_size=3, padding=1)  # 4,640
+        self.fc = nn.Linear(32 * 7 * 7, num_classes)  # 15,690 with 10 classes
 
     def forward(self, x):
-        if x.device.type == "cpu":
-            # On a CPU, convolutions are faster with the channels last in memory. (clone(),
-            # because to() ignores this format if there is only one channel.)
-            x = x.clone(memory_format=torch.channels_last)
-        # ReLU and max pooling can be swapped. Pooling first leaves fewer values for ReLU.
+        if (
+            x.device.type == "cpu"
+        ):  # Convolutions are faster there with the channels last in memory.
+            x = x.to(memory_format=torch.channels_last)
+        # ReLU keeps the order of the values, so it can come before or after max pooling. After it,
+        # there are fewer values.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))  # (N, 16, 14, 14)
         x = F.relu(F.max_pool2d(self.conv2(x), 2))  # (N, 32, 7, 7)
-        return self.fc(x.flatten(start_dim=1))  # (N, 10)
+        return self.fc(x.flatten(start_dim=1))  # (N, num_classes)
 
 
-def main(argv=None, model=CNN, data=None):
-    """Train a network with the options in `argv`; return it and its last evaluation.
+def train(
+    network, data, epochs=10, lr=None, one_cycle=False, augment=False, seed=0, after_epoch=None
+):
+    """Train a network, and evaluate it after each epoch; return it and a list of Epochs.
 
-    argv: a list, or a string that is split at spaces; by default, the command line.
-    model: a class or function that creates the network, or a network to train further. A class or
-    function is called after the seed is set, so that the seed decides the first weights.
-    data: your own common.Data instead of the dataset that the options select. Then, --limit,
-    --validate and --batch-size are refused, and --dataset and --data-dir have no effect.
-    The network is returned in evaluation mode. With --predict, nothing is trained, and the
-    evaluation is None.
+    network: a class or function that creates it; the same call gives the same weights. data: a
+    Data. lr: the learning rate, 0.001 by default; with one_cycle its peak, 0.01 by default.
+    augment: distort the training images at random. after_epoch: a function that is called with the
+    network and the Epochs so far; if it returns True, the training ends.
+    Raises TypeError if network is an object, and FloatingPointError if a loss is not finite.
     """
-    # options
-    # one_cycle_lr was chosen on held-out training images (--validate), and so was shift, below.
-    parser = common.make_parser(__doc__, one_cycle_lr=0.01)
-    args = common.parse_args(parser, argv, data)
-    common.set_up(args.seed)
-
-    # model
-    if not isinstance(model, nn.Module):
-        model = model()  # a class or a function: create the network
-    model.to(args.device)
-    if args.load:
-        common.load_weights(model, args.load)
-    if args.predict:
-        common.predict_pictures(model, args)
-        return model, None
-
-    # data
-    data = data or common.load_data(args)
+    model, device = create_model(network, seed, data.device)
+    torch.manual_seed(seed)
     steps = len(data.train_loader)
-    common.print_header(args, model, data)
-
-    # train
-    criterion = nn.CrossEntropyLoss()
-    # fused=True is faster: one operation updates all weights. Adam, AdamW, SGD have it; remove it
-    # for another optimizer. args.lr is 0.001 by default (with --one-cycle: one_cycle_lr).
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    if args.one_cycle:  # OneCycleLR starts at args.lr / 25, rises to args.lr, then falls.
-        total_steps = max(1, args.epochs * steps)  # with 0 epochs, OneCycleLR would fail
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps)
-    for epoch in range(1, args.epochs + 1):
+    if lr is None:
+        lr = 0.01 if one_cycle else 0.001
+    criterion = nn.CrossEntropyLoss()  # If you change it, evaluate() still computes this one.
+    # fused=True is faster: one operation updates all weights. Remove it if your optimizer does not
+    # have it.
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
+    if one_cycle:
+        # The learning rate rises from lr / 25 to lr in the first 30% of the steps, then falls to
+        # almost 0. Adam's beta1 (with SGD, the momentum) falls from 0.95 to 0.85, then rises again.
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps)
+    history = []
+    for epoch in range(1, epochs + 1):
+        progress = f"Epoch [{epoch}/{epochs}]"
         start = time.perf_counter()
-        losses = []
-        model.train()
+        loss_sum, samples = 0, 0
+        model.train()  # training mode, for layers such as dropout
         for step, (images, labels) in enumerate(data.train_loader, start=1):
-            # load_data puts its batches on the device; those of your own loader may be elsewhere.
-            images, labels = images.to(args.device), labels.to(args.device)
-            if args.augment:
-                images = common.random_affine(images, shift=1)  # by at most 1 pixel
+            images, labels = images.to(device), labels.to(device)
+            if augment:
+                images = random_affine(images, shift=1)  # by at most 1 pixel
             logits = model(images)  # (N, 10)
             loss = criterion(logits, labels)
             optimizer.zero_grad()  # because backward() adds to the gradients
             loss.backward()
             optimizer.step()
-            if args.one_cycle:
+            if one_cycle:
                 scheduler.step()
-            losses.append(loss.detach())  # without its graph; loss.item() would wait for the GPU
-            if step % 100 == 0 or step == steps:  # not in each step: printing waits for the GPU
-                print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
-        train_loss = torch.stack(losses).mean().item()
-        seconds = time.perf_counter() - start  # after item(), which waits for the GPU
-        # To compare options, add --validate: then, the evaluation uses held-out training images.
-        evaluation = common.evaluate(model, data.eval_loader)
-        common.check_finite(train_loss, evaluation.loss)
-        scores = common.format_scores(data, evaluation)
-        print(f"Epoch [{epoch}/{args.epochs}], {scores}, Time: {seconds:.2f} s")
-        if args.save:
-            common.save_weights(model, args.save)
-        if args.log:
-            common.write_log(args.log, epoch, data, train_loss, evaluation, seconds)
+            # detach() leaves out the graph. item() would wait for the GPU, in each step.
+            loss_sum += loss.detach() * len(labels)
+            samples += len(labels)
+            if step % 100 == 0 or step == steps:
+                print(f"{progress}, Step [{step}/{steps}], Loss: {loss:.4f}", flush=True)
+        train_loss = (loss_sum / samples).item()
+        seconds = time.perf_counter() - start
 
-    # report
-    if args.epochs < 1:  # The loop has not run, so evaluate now.
-        evaluation = common.evaluate(model, data.eval_loader)
-    common.report(args, data, evaluation)
-    model.eval()
-    return model, evaluation
+        model.eval()  # evaluation mode, until the next epoch
+        evaluation = evaluate(model, data.eval_loader)
+        check_results(train_loss, evaluation, data.classes)
+        scores = format_scores(evaluation, data.split)
+        print(f"{progress}, {scores}, Time: {seconds:.2f} s", flush=True)
+        history.append(Epoch(epoch, train_loss, evaluation.loss, evaluation.accuracy, seconds))
+        if after_epoch and after_epoch(model, history):
+            break
+    return model, history
+
+
+def main(argv=None):
+    """Run the command line `argv`, a list; return the network and its evaluation."""
+    args = common.parse_args(common.make_parser(__doc__), argv)
+    return common.run_command(args, CNN, train)
 
 
 if __name__ == "__main__":
-    # run() calls main() and shortens error messages. After %run, a notebook has both variables.
     model, evaluation = common.run(main)

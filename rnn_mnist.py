@@ -4,11 +4,6 @@ python rnn_mnist.py --hidden 128
 python rnn_mnist.py --one-cycle --augment --save rnn.pt
 
 The first command reaches a test accuracy of about 98.7%, the second one 99.4%.
-
-common.py has to lie beside this file; its first lines say what to read in it. (Do not install it:
-PyPI's package "common" is another one.) The same training loop is also in cnn_mnist.py, on purpose,
-so that you can read each script alone. The two scripts differ in the network with its options, and
-in two numbers: one_cycle_lr and shift.
 """
 
 import time
@@ -16,124 +11,106 @@ import time
 import torch
 from torch import nn
 
-import common
+import common  # the file beside this one; PyPI's package "common" is another one
+from common import Epoch, check_results, create_model, evaluate, format_scores, random_affine
+
+# cnn_mnist.py contains the same loop, on purpose, so that you can read each file alone. They differ
+# in the network, its options, and two numbers: the peak of the learning rate, and the shift.
 
 
 class RNN(nn.Module):
-    """Map images (N, 1, 28, 28) in [0, 1], or sequences (N, T, 28), to logits (N, 10).
+    """Map images (N, 1, T, 28) in [0, 1], or sequences (N, T, input_size), to logits (N, classes).
 
-    The time steps are the rows of an image, from the top; T is their number. Logits are the scores
-    before softmax: there is no softmax here, because CrossEntropyLoss applies it.
+    The T time steps of an image are its rows, from the top. Logits are the scores before softmax:
+    there is no softmax here, because CrossEntropyLoss applies it.
     """
 
-    def __init__(self, hidden_size=128, num_layers=2):
+    def __init__(self, hidden_size=128, num_layers=2, input_size=28, num_classes=10):
         super().__init__()
-        # batch_first, because the first dimension of the images is the batch. Without it, the LSTM
-        # would treat the images of a batch as time steps.
-        self.lstm = nn.LSTM(28, hidden_size, num_layers, batch_first=True)
-        self.fc = nn.Linear(hidden_size, 10)
+        # An LSTM reads one time step after the other. After each one, it keeps two vectors for each
+        # sequence: the hidden state, which is its output, and the cell state, its memory. Both
+        # start at zero. The second layer reads the hidden states of the first one.
+        # batch_first, because the first dimension of x is the batch, and the second one the time.
+        self.lstm = nn.LSTM(input_size, hidden_size, num_layers, batch_first=True)
+        self.fc = nn.Linear(hidden_size, num_classes)
 
     def forward(self, x):
         if x.dim() == 4:
             x = x.squeeze(1)  # (N, 28, 28), without the channel of an image
-        out, _ = self.lstm(x)  # out: (N, T, hidden_size), the last layer's states
-        return self.fc(out[:, -1])  # (N, 10), from the last time step, which has seen all rows
+        # out: the last layer's hidden states, (N, T, hidden_size). _: both states after step T.
+        out, _ = self.lstm(x)
+        return self.fc(out[:, -1])  # (N, num_classes), from the last time step, which has seen all
 
 
-def main(argv=None, model=RNN, data=None):
-    """Train a network with the options in `argv`; return it and its last evaluation.
+def train(
+    network, data, epochs=10, lr=None, one_cycle=False, augment=False, seed=0, after_epoch=None
+):
+    """Train a network, and evaluate it after each epoch; return it and a list of Epochs.
 
-    argv: a list, or a string that is split at spaces; by default, the command line.
-    model: a class or function that creates the network, or a network to train further. A class or
-    function is called after the seed is set, so that the seed decides the first weights. Only RNN
-    uses --hidden and --layers.
-    data: your own common.Data instead of the dataset that the options select. Then, --limit,
-    --validate and --batch-size are refused, and --dataset and --data-dir have no effect.
-    The network is returned in evaluation mode. With --predict, nothing is trained, and the
-    evaluation is None.
+    network: a class or function that creates it; the same call gives the same weights. data: a
+    Data. lr: the learning rate, 0.001 by default; with one_cycle its peak, 0.005 by default.
+    augment: distort the training images at random. after_epoch: a function that is called with the
+    network and the Epochs so far; if it returns True, the training ends.
+    Raises TypeError if network is an object, and FloatingPointError if a loss is not finite.
     """
-    # options
-    # one_cycle_lr was chosen on held-out training images (--validate), and so was shift, below.
-    parser = common.make_parser(__doc__, one_cycle_lr=0.005)
-    parser.add_argument(
-        "--hidden",
-        type=common.positive_int,
-        default=128,
-        help="hidden size, the same for --save and --load (default: 128)",
-    )
-    parser.add_argument(
-        "--layers",
-        type=common.positive_int,
-        default=2,
-        help="number of LSTM layers, the same for --save and --load (default: 2)",
-    )
-    args = common.parse_args(parser, argv, data)
-    common.set_up(args.seed)
-
-    # model
-    if model is RNN:
-        model = RNN(args.hidden, args.layers)
-    elif not isinstance(model, nn.Module):
-        model = model()  # another class, or a function: create the network
-    model.to(args.device)
-    if args.load:
-        common.load_weights(model, args.load)
-    if args.predict:
-        common.predict_pictures(model, args)
-        return model, None
-
-    # data
-    data = data or common.load_data(args)
+    model, device = create_model(network, seed, data.device)
+    torch.manual_seed(seed)
     steps = len(data.train_loader)
-    common.print_header(args, model, data)
-
-    # train
-    criterion = nn.CrossEntropyLoss()
-    # fused=True is faster: one operation updates all weights. Adam, AdamW, SGD have it; remove it
-    # for another optimizer. args.lr is 0.001 by default (with --one-cycle: one_cycle_lr).
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    if args.one_cycle:  # OneCycleLR starts at args.lr / 25, rises to args.lr, then falls.
-        total_steps = max(1, args.epochs * steps)  # with 0 epochs, OneCycleLR would fail
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps)
-    for epoch in range(1, args.epochs + 1):
+    if lr is None:
+        lr = 0.005 if one_cycle else 0.001
+    criterion = nn.CrossEntropyLoss()  # If you change it, evaluate() still computes this one.
+    # fused=True is faster: one operation updates all weights. Remove it if your optimizer does not
+    # have it.
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
+    if one_cycle:
+        # The learning rate rises from lr / 25 to lr in the first 30% of the steps, then falls to
+        # almost 0. Adam's beta1 (with SGD, the momentum) falls from 0.95 to 0.85, then rises again.
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps)
+    history = []
+    for epoch in range(1, epochs + 1):
+        progress = f"Epoch [{epoch}/{epochs}]"
         start = time.perf_counter()
-        losses = []
-        model.train()
+        loss_sum, samples = 0, 0
+        model.train()  # training mode, for layers such as dropout
         for step, (images, labels) in enumerate(data.train_loader, start=1):
-            # load_data puts its batches on the device; those of your own loader may be elsewhere.
-            images, labels = images.to(args.device), labels.to(args.device)
-            if args.augment:
-                images = common.random_affine(images, shift=2)  # by at most 2 pixels
+            images, labels = images.to(device), labels.to(device)
+            if augment:
+                images = random_affine(images, shift=2)  # by at most 2 pixels
             logits = model(images)  # (N, 10)
             loss = criterion(logits, labels)
             optimizer.zero_grad()  # because backward() adds to the gradients
             loss.backward()
             optimizer.step()
-            if args.one_cycle:
+            if one_cycle:
                 scheduler.step()
-            losses.append(loss.detach())  # without its graph; loss.item() would wait for the GPU
-            if step % 100 == 0 or step == steps:  # not in each step: printing waits for the GPU
-                print(f"Epoch [{epoch}/{args.epochs}], Step [{step}/{steps}], Loss: {loss:.4f}")
-        train_loss = torch.stack(losses).mean().item()
-        seconds = time.perf_counter() - start  # after item(), which waits for the GPU
-        # To compare options, add --validate: then, the evaluation uses held-out training images.
-        evaluation = common.evaluate(model, data.eval_loader)
-        common.check_finite(train_loss, evaluation.loss)
-        scores = common.format_scores(data, evaluation)
-        print(f"Epoch [{epoch}/{args.epochs}], {scores}, Time: {seconds:.2f} s")
-        if args.save:
-            common.save_weights(model, args.save)
-        if args.log:
-            common.write_log(args.log, epoch, data, train_loss, evaluation, seconds)
+            # detach() leaves out the graph. item() would wait for the GPU, in each step.
+            loss_sum += loss.detach() * len(labels)
+            samples += len(labels)
+            if step % 100 == 0 or step == steps:
+                print(f"{progress}, Step [{step}/{steps}], Loss: {loss:.4f}", flush=True)
+        train_loss = (loss_sum / samples).item()
+        seconds = time.perf_counter() - start
 
-    # report
-    if args.epochs < 1:  # The loop has not run, so evaluate now.
-        evaluation = common.evaluate(model, data.eval_loader)
-    common.report(args, data, evaluation)
-    model.eval()
-    return model, evaluation
+        model.eval()  # evaluation mode, until the next epoch
+        evaluation = evaluate(model, data.eval_loader)
+        check_results(train_loss, evaluation, data.classes)
+        scores = format_scores(evaluation, data.split)
+        print(f"{progress}, {scores}, Time: {seconds:.2f} s", flush=True)
+        history.append(Epoch(epoch, train_loss, evaluation.loss, evaluation.accuracy, seconds))
+        if after_epoch and after_epoch(model, history):
+            break
+    return model, history
+
+
+def main(argv=None):
+    """Run the command line `argv`, a list; return the network and its Evaluation."""
+    parser = common.make_parser(__doc__)
+    add = parser.add_argument_group("LSTM, the same for --save and --load").add_argument
+    add("--hidden", type=common.positive_int, default=128, help="size (default: %(default)s)")
+    add("--layers", type=common.positive_int, default=2, help="number (default: %(default)s)")
+    args = common.parse_args(parser, argv)
+    return common.run_command(args, lambda: RNN(args.hidden, args.layers), train)
 
 
 if __name__ == "__main__":
-    # run() calls main() and shortens error messages. After %run, a notebook has both variables.
     model, evaluation = common.run(main)
