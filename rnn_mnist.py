@@ -54,7 +54,6 @@ def train(
     Raises TypeError if network is an object, and FloatingPointError if a loss is not finite.
     """
     model, device = create_model(network, seed, data.device)
-    torch.manual_seed(seed)
     steps = len(data.train_loader)
     if lr is None:
         lr = 0.005 if one_cycle else 0.001
@@ -68,6 +67,7 @@ def train(
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps)
     history = []
     for epoch in range(1, epochs + 1):
+        torch.manual_seed(1000 * seed + epoch)  # for the order of the samples, dropout, augment
         progress = f"Epoch [{epoch}/{epochs}]"
         start = time.perf_counter()
         loss_sum, samples = 0, 0
