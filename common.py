@@ -1,7 +1,7 @@
 """What cnn_mnist.py and rnn_mnist.py share.
 
-To understand a run, read the first section, "core". Look up the others when you need them: "data",
-"files", "pictures of your own" (--predict), "command line".
+To understand a training, read the first section, "core". Look up the others when you need them:
+"data" (MNIST), "files", "pictures of your own" (--predict), "command line".
 """
 
 import argparse
@@ -24,8 +24,8 @@ from torchvision.transforms.functional import pil_to_tensor, resize, resized_cro
 from torchvision.utils import make_grid
 
 # ---- core ----
-# This section, a network and train() make a program: if you have to hand in a single file, copy
-# them into it. This section needs ctypes, math, os, sys, NamedTuple, torch, nn and F (see above).
+# If you have to hand in a single file, copy this section into it, together with a network and
+# train(). It needs the imports of ctypes, math, os, sys, dataclass, NamedTuple, torch and F.
 
 
 @dataclass
@@ -105,11 +105,11 @@ def make_data(train, held_out, classes, split="test", batch_size=100, device="au
     return Data(train_loader, eval_loader, classes, split, device)
 
 
-@torch.no_grad()  # without recording operations for backward(), which takes time and memory
+@torch.no_grad()  # records nothing for backward(), which would take time and memory
 def predict(model, inputs):
     """Return the model's logits (N, C) for a batch of inputs (N, ...), which may be on any device.
 
-    The model's mode is evaluation mode meanwhile, and is then restored.
+    Meanwhile, the model is in evaluation mode; then, its mode is restored.
     """
     device = next(model.parameters()).device  # where the first weights of the model are
     training = model.training
@@ -177,8 +177,9 @@ def print_tables(confusion, names):
     width = max(12, 2 + max(map(len, names)))
     print(f"{'Class':<{width}}{'Precision':>10}{'Recall':>10}{'F1':>10}{'Count':>10}")
     for i, name in enumerate(names):
-        scores = f"{precision[i]:>10.4f}{recall[i]:>10.4f}{f1[i]:>10.4f}{counts[i]:>10}"
-        print(f"{name:<{width}}{scores}")
+        print(
+            f"{name:<{width}}{precision[i]:>10.4f}{recall[i]:>10.4f}{f1[i]:>10.4f}{counts[i]:>10}"
+        )
     print("Confusion matrix (rows: true classes, columns: predicted classes):")
     column = max(5, 50 // len(names))  # The columns share 50 characters; a count may need 5.
     print(" " * width + "".join(f" {name[:column]:>{column}}" for name in names))
@@ -224,16 +225,18 @@ def create_model(network, seed, device):
     """
     if isinstance(network, torch.nn.Module):
         raise TypeError("pass the class CNN, not an object CNN(); to continue one: lambda: model")
-    # With these two settings, a GPU computes the same weights for the same seed, in the networks of
-    # both scripts. The second one is from
-    # https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html; it gives the library
-    # for matrix products two buffers of 4,096 KiB.
+    # With these two settings, a GPU computes the same weights for the same seed (those of the CNN
+    # and the LSTM). The second one is from
+    # https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html; it gives the library for
+    # matrix products two buffers of 4,096 KiB.
     torch.backends.cudnn.deterministic = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
     keep_freed_memory()
     torch.manual_seed(seed)
     device = find_device(device)
-    model = network().to(device).eval()
+    model = network()
+    model.to(device)  # moves the network itself; a tensor's to() returns another tensor
+    model.eval()  # evaluation mode, until train() begins an epoch
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"Device: {device}, Model: {type(model).__name__} ({count:,} parameters)")
     return model, device
@@ -291,9 +294,8 @@ def read_dataset(name, data_dir):
         splits = [dataset(data_dir, train=train, download=True) for train in (True, False)]
     except Exception as error:  # torchvision has no exception type for failed downloads and reads
         raise UserError(
-            f"cannot read or download {data_dir}/{dataset.__name__}/raw: {reason(error)}; "
-            "check --data-dir; after an "
-            "interrupted download, move that folder away to download again; "
+            f"cannot read or download {data_dir}/{dataset.__name__}/raw: {reason(error)}; check "
+            "--data-dir; after an interrupted download, move that folder away to download again; "
             "without internet access, use --dataset synthetic"
         ) from error
     return [(split.data, split.targets) for split in splits]
@@ -304,7 +306,7 @@ def draw_digits(count):
     pictures = []
     for digit in "0123456789":
         picture = Image.new("L", (28, 28))
-        ImageDraw.Draw(picture).text((14, 14), digit, font_size=24, anchor="mm")  # white
+        ImageDraw.Draw(picture).text((14, 14), digit, "white", font_size=24, anchor="mm")
         pictures.append(pil_to_tensor(picture).float())
     digits = torch.stack(pictures)  # (10, 1, 28, 28)
     labels = torch.randint(10, (count,))
@@ -330,10 +332,9 @@ def load_data(
             train, held_out = draw_digits(60_000), draw_digits(10_000)
     else:
         train, held_out = read_dataset(dataset, data_dir)
-    total = len(train[0])
-    count = min(total - validate, limit)
+    count = min(len(train[0]) - validate, limit)
     if validate < 0 or count < 1:
-        raise UserError(f"validate={validate}, limit={limit} do not fit {total:,} training images")
+        raise UserError(f"validate={validate}, limit={limit}: negative, or no images are left")
     split = "test"
     if validate:
         split, held_out = "validation", [tensor[-validate:] for tensor in train]
@@ -352,11 +353,10 @@ def write_file(file, content):
 
     Raises UserError if the file cannot be written.
     """
-    target = Path(file).resolve()  # for a link, the file that it leads to
-    part = Path(f"{target}.part")
+    part = Path(f"{file}.part")
     try:
         part.write_bytes(content)
-        part.replace(target)
+        part.replace(file)
     except OSError as error:
         raise UserError(f"cannot write {file}: {reason(error)}; choose another path") from error
     finally:
@@ -397,8 +397,8 @@ def write_log(history, split, file):
     """
     text = f"epoch,train_loss,{split}_loss,{split}_accuracy,seconds\n"
     for row in history:
-        losses = f"{row.train_loss:.6f},{row.eval_loss:.6f}"
-        text += f"{row.epoch},{losses},{row.eval_accuracy:.6f},{row.seconds:.2f}\n"
+        text += f"{row.epoch},{row.train_loss:.6f},{row.eval_loss:.6f},"
+        text += f"{row.eval_accuracy:.6f},{row.seconds:.2f}\n"
     write_file(file, text.encode())
 
 
@@ -582,8 +582,8 @@ def working_device(name):
 
 def output_file(name):
     """argparse type: a file that can be written; otherwise, raises ArgumentTypeError."""
-    target = Path(name).resolve()
-    if not os.access(target.parent, os.W_OK) or target.exists() and not target.is_file():
+    file = Path(name)
+    if not os.access(file.parent, os.W_OK) or file.exists() and not file.is_file():
         raise argparse.ArgumentTypeError(
             f"cannot write {name}: choose a file in a folder that you may write to"
         )
@@ -613,7 +613,12 @@ def make_parser(description):
         default=math.inf,
         help="train on the first LIMIT training images",
     )
-    add("--validate", type=positive_int, default=0, help="hold out the last VALIDATE images")
+    add(
+        "--validate",
+        type=positive_int,
+        default=0,
+        help="hold out the last VALIDATE training images, and evaluate on them",
+    )
 
     add = parser.add_argument_group("results").add_argument
     add("--log", type=output_file, help="CSV file for the results of each epoch")
@@ -688,7 +693,9 @@ def run(main):
     An error that the user can fix is printed as one line, with exit status 1; Ctrl-C gives 130.
     """
     try:
-        return main()
+        result = main()
+        sys.stdout.flush()  # If the reader of a pipe has gone, this fails here, not at the exit.
+        return result
     except (UserError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
