@@ -102,7 +102,7 @@ def make_data(train, held_out, classes, split="test", batch_size=100, device="au
     device = find_device(device)
     train_loader = Loader(*as_tensors(*train, device), batch_size, shuffle=True)
     eval_loader = Loader(*as_tensors(*held_out, device), batch_size)
-    return Data(train_loader, eval_loader, classes, split, device)
+    return Data(train_loader, eval_loader, list(classes), split, device)
 
 
 @torch.no_grad()  # records nothing for backward(), which would take time and memory
@@ -126,7 +126,7 @@ class Evaluation(NamedTuple):
     accuracy: float  # in [0, 1]
     confusion: torch.Tensor  # (C, C), int64: rows are true classes, columns are predictions
     logits: torch.Tensor  # (N, C), in the order of the loader
-    labels: torch.Tensor  # (N,), int64, in the same order
+    labels: torch.Tensor  # (N,), int64, in the same order; a shuffling loader changes it each time
 
 
 def evaluate(model, loader):
