@@ -1,7 +1,7 @@
 """What cnn_mnist.py and rnn_mnist.py share.
 
-To understand a training, read the first section, "core". Look up the others when you need them:
-"data" (MNIST), "files", "pictures of your own" (--predict), "command line".
+To understand the training, read the first section, "core". Look up the others when you need them:
+"data", "files", "pictures of your own" (--predict), "command line".
 """
 
 import argparse
@@ -30,9 +30,9 @@ from torchvision.utils import make_grid
 
 @dataclass
 class Loader:
-    """Iterate over batches of inputs (N, ...) and labels (N,), on the device where they are.
+    """Iterate over batches of inputs (N, ...) and labels (N,); they stay on their device.
 
-    With shuffle, each epoch has a new random order. torch's DataLoader is slower, because it
+    With shuffle, each iteration has a new random order. torch's DataLoader is slower, because it
     collects a batch sample by sample.
     """
 
@@ -55,9 +55,9 @@ class Data(NamedTuple):
     """The data to train and evaluate on.
 
     train_loader, eval_loader: Loaders, DataLoaders or lists of batches; each batch has inputs
-    (N, ...) for the network and labels (N,), int64, from 0. classes: the names of the classes, in
-    the order of the network's outputs. split: "test" or "validation", depending on what eval_loader
-    contains. device: where to train; "auto" is the accelerator if there is one, otherwise the CPU.
+    (N, ...) for the network and labels (N,), int64, from 0 to C - 1 for C classes. classes: their
+    names, in the order of the network's outputs. split: "test" or "validation", depending on what
+    eval_loader contains. device: where to train, as find_device() takes it.
     """
 
     train_loader: object
@@ -68,7 +68,7 @@ class Data(NamedTuple):
 
 
 def find_device(name):
-    """Return the torch.device of this name; "auto" is the accelerator, otherwise the CPU."""
+    """Return the torch.device of this name; "auto": an accelerator (a GPU), otherwise the CPU."""
     if name == "auto":
         accelerator = torch.accelerator
         name = accelerator.current_accelerator() if accelerator.is_available() else "cpu"
@@ -78,15 +78,15 @@ def find_device(name):
 def as_tensors(inputs, labels, device):
     """Convert inputs (N, ...) to a float tensor, labels (N,) to int64, and move both to the device.
 
-    They may be arrays, tensors or lists. Inputs of type uint8 are images: their pixels are divided
-    by 255, and images (N, H, W) become (N, 1, H, W). Raises ValueError if there are no inputs, if
+    They may be arrays, tensors or lists. Inputs of type uint8 are taken for images: they are
+    divided by 255, and (N, H, W) becomes (N, 1, H, W). Raises ValueError if there are no inputs, if
     there are more or fewer labels than inputs, or if a label is not a whole number.
     """
     inputs, labels = torch.as_tensor(inputs), torch.as_tensor(labels)
     if not 0 < len(inputs) == len(labels):
         raise ValueError(f"each input needs a label: {len(inputs)} inputs, {len(labels)} labels")
     if (labels % 1).any():
-        raise ValueError("labels must be whole numbers, from 0 to the number of classes - 1")
+        raise ValueError("labels must be whole numbers: the classes, numbered from 0")
     if inputs.dtype == torch.uint8:
         inputs = inputs / 255
         if inputs.dim() == 3:
@@ -94,22 +94,24 @@ def as_tensors(inputs, labels, device):
     return inputs.float().to(device), labels.long().to(device)
 
 
-def make_data(train, held_out, classes, split="test", batch_size=100, device="auto"):
-    """Return the Data of two pairs (inputs, labels): one to train on, and one to evaluate on.
+def make_data(train_pair, eval_pair, classes, split="test", batch_size=100, device="auto"):
+    """Make a Data of two pairs (inputs, labels): one to train on, shuffled, and one to evaluate on.
 
-    The pairs are what as_tensors() takes, and it raises the errors. Training samples are shuffled.
+    For what a pair may contain, and for the errors, see as_tensors(); for the rest, see Data.
     """
     device = find_device(device)
-    train_loader = Loader(*as_tensors(*train, device), batch_size, shuffle=True)
-    eval_loader = Loader(*as_tensors(*held_out, device), batch_size)
+    # The stars pass the elements of a pair as two arguments.
+    train_loader = Loader(*as_tensors(*train_pair, device), batch_size, shuffle=True)
+    eval_loader = Loader(*as_tensors(*eval_pair, device), batch_size)
     return Data(train_loader, eval_loader, list(classes), split, device)
 
 
-@torch.no_grad()  # records nothing for backward(), which would take time and memory
+@torch.no_grad()  # Recording the operations for backward() would take time and memory.
 def predict(model, inputs):
     """Return the model's logits (N, C) for a batch of inputs (N, ...), which may be on any device.
 
-    Meanwhile, the model is in evaluation mode; then, its mode is restored.
+    The inputs are those that the network was trained on, such as images in [0, 1]. The network
+    computes in evaluation mode; then, its mode is restored.
     """
     device = next(model.parameters()).device  # where the first weights of the model are
     training = model.training
@@ -120,13 +122,13 @@ def predict(model, inputs):
 
 
 class Evaluation(NamedTuple):
-    """The result of evaluate(), for N samples and C classes, on the CPU."""
+    """The result of evaluate(), for N samples and C classes. Its tensors are on the CPU."""
 
     loss: float  # mean over the samples
     accuracy: float  # in [0, 1]
     confusion: torch.Tensor  # (C, C), int64: rows are true classes, columns are predictions
     logits: torch.Tensor  # (N, C), in the order of the loader
-    labels: torch.Tensor  # (N,), int64, in the same order; a shuffling loader changes it each time
+    labels: torch.Tensor  # (N,), int64, in the same order (another one each time, if it shuffles)
 
 
 def evaluate(model, loader):
@@ -142,11 +144,12 @@ def evaluate(model, loader):
     logits = torch.cat(all_logits).cpu()
     labels = torch.cat(all_labels).cpu().long()  # int64, even if the loader has uint8
     loss = F.cross_entropy(logits, labels).item()
-    # In the product of (C, N) and (N, C), each sample counts 1, in the row of its label and the
-    # column of its prediction.
-    size = logits.shape[1]
-    confusion = F.one_hot(labels, size).T @ F.one_hot(logits.argmax(dim=1), size)
-    accuracy = confusion.trace().item() / len(labels)
+    # one_hot makes a row for each sample, with 1 at its class and 0 elsewhere. In the matrix
+    # product, each sample then counts 1, in the row of its label and the column of its prediction.
+    num_classes = logits.shape[1]
+    predicted = F.one_hot(logits.argmax(dim=1), num_classes)  # (N, C)
+    confusion = F.one_hot(labels, num_classes).T @ predicted  # (C, N) @ (N, C)
+    accuracy = confusion.trace().item() / len(labels)  # trace: the sum of the diagonal
     return Evaluation(loss, accuracy, confusion, logits, labels)
 
 
@@ -157,7 +160,7 @@ def format_scores(evaluation, split):
 
 
 def check_names(confusion, names):
-    """Raise ValueError if the names do not fit the network's outputs."""
+    """Raise ValueError if there are not as many names as outputs of the network."""
     if len(names) != len(confusion):
         raise ValueError(f"{len(confusion)} outputs of the network, but {len(names)} class names")
 
@@ -169,10 +172,11 @@ def print_tables(confusion, names):
     """
     check_names(confusion, names)
     names = list(map(str, names))
+    # for each class: how many samples are right, are predicted as it, and belong to it
     hits, predicted, counts = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
     # clamp avoids 0 / 0: a class without predictions or without samples gets 0.
     precision, recall = hits / predicted.clamp(min=1), hits / counts.clamp(min=1)
-    # F1 is 2 * precision * recall / (precision + recall), which is the same as this:
+    # F1 is 2 * precision * recall / (precision + recall). This is the same, without 0 / 0:
     f1 = 2 * hits / (predicted + counts).clamp(min=1)
     width = max(12, 2 + max(map(len, names)))
     print(f"{'Class':<{width}}{'Precision':>10}{'Recall':>10}{'F1':>10}{'Count':>10}")
@@ -181,7 +185,7 @@ def print_tables(confusion, names):
             f"{name:<{width}}{precision[i]:>10.4f}{recall[i]:>10.4f}{f1[i]:>10.4f}{counts[i]:>10}"
         )
     print("Confusion matrix (rows: true classes, columns: predicted classes):")
-    column = max(5, 50 // len(names))  # The columns share 50 characters; a count may need 5.
+    column = max(5, 50 // len(names))  # 50 characters for all columns, but at least 5 for each
     print(" " * width + "".join(f" {name[:column]:>{column}}" for name in names))
     for i, name in enumerate(names):
         print(f"{name:<{width}}" + "".join(f" {count:>{column}}" for count in confusion[i]))
@@ -198,7 +202,7 @@ class Epoch(NamedTuple):
 
 
 def check_results(train_loss, evaluation, classes):
-    """Raise FloatingPointError if a loss is infinite or NaN, ValueError if the names do not fit."""
+    """Raise FloatingPointError if a loss is infinite or NaN, ValueError as check_names() does."""
     if not math.isfinite(train_loss + evaluation.loss):
         raise FloatingPointError(
             "the loss is not finite; try a smaller learning rate, "
@@ -210,33 +214,33 @@ def check_results(train_loss, evaluation, classes):
 def keep_freed_memory():
     """Make training on a CPU faster, on Linux. The setting lasts until the process ends."""
     # The C library returns freed memory to the system, and getting it back for the next training
-    # step takes time. With these settings, the process keeps it: see mallopt(3).
+    # step takes time. With these settings, the process keeps it: see `man mallopt`.
     if sys.platform == "linux":
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: treat large blocks like small ones
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the same memory as small ones
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: no memory is returned
 
 
 def create_model(network, seed, device):
-    """Set the random seed, create a network, and return it, in evaluation mode, and its device.
+    """Set the random seed, create a network, print its size, and return it and its device.
 
-    network: a class or function that returns a network; TypeError if it is an object. device: a
-    name as find_device() takes it, or a torch.device.
+    network: a class or function that returns a network, which is called after the seed is set, so
+    that the seed decides the first weights. Raises TypeError if it is an object. device: as
+    find_device() takes it. The settings of GPU and memory hold for the whole process.
     """
     if isinstance(network, torch.nn.Module):
-        raise TypeError("pass the class CNN, not an object CNN(); to continue one: lambda: model")
-    # With these two settings, a GPU computes the same weights for the same seed (those of the CNN
-    # and the LSTM). The second one is from
-    # https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html; it gives the library for
-    # matrix products two buffers of 4,096 KiB.
+        raise TypeError("pass a class or a function (lambda: RNN(64)); to continue: lambda: model")
+    # With these two settings, an NVIDIA GPU, too, gives the CNN and the LSTM the same weights for
+    # the same seed. The second one gives the library for matrix products two buffers of 4,096 KiB;
+    # see https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     torch.backends.cudnn.deterministic = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
     keep_freed_memory()
     torch.manual_seed(seed)
     device = find_device(device)
     model = network()
-    model.to(device)  # moves the network itself; a tensor's to() returns another tensor
-    model.eval()  # evaluation mode, until train() begins an epoch
+    model.to(device)  # moves the network itself; a tensor's to() leaves the tensor as it is
+    model.eval()  # evaluation mode: dropout is off, and BatchNorm uses what it has learned
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"Device: {device}, Model: {type(model).__name__} ({count:,} parameters)")
     return model, device
@@ -245,20 +249,20 @@ def create_model(network, seed, device):
 def random_affine(images, degrees=10, scale=0.1, shift=2):
     """Apply a different random rotation, scaling and shift to each square image (N, C, S, S).
 
-    degrees, scale (a fraction) and shift (in pixels, along each axis) are the largest changes, in
-    both directions. What comes from outside of an image is 0.
+    degrees, scale (a fraction) and shift (in pixels of the input, along each axis) are the largest
+    changes, in both directions. What comes from outside of an image is 0.
     """
     count, _, _, size = images.shape
     angle, zoom, dx, dy = torch.empty(4, count, device=images.device).uniform_(-1, 1)  # each (N,)
     angle = angle * math.radians(degrees)
     zoom = 1 + zoom * scale
-    # affine_grid takes the inverse map, which says for each output pixel where in the input its
-    # value comes from: a rotation divided by zoom, then a shift. (The signs of angle and shift do
-    # not matter, because positive and negative ones are equally probable.)
+    # affine_grid takes the inverse map: where in the input the value of each output pixel comes
+    # from. So the position is rotated, divided by zoom, and shifted. (The signs of angle and shift
+    # do not matter, because positive and negative ones are equally probable.)
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
-    shift = shift * 2 / size  # affine_grid measures in halves of the image
-    rows = [cos, -sin, dx * shift, sin, cos, dy * shift]
-    theta = torch.stack(rows, dim=1).view(-1, 2, 3)
+    shift = shift * 2 / size  # For affine_grid, positions in the image go from -1 to 1.
+    entries = [cos, -sin, dx * shift, sin, cos, dy * shift]
+    theta = torch.stack(entries, dim=1).view(-1, 2, 3)  # a matrix of 2 rows for each image
     grid = F.affine_grid(theta, images.shape, align_corners=False)  # (N, S, S, 2)
     return F.grid_sample(images, grid, align_corners=False)  # (N, C, S, S), interpolated
 
@@ -279,7 +283,7 @@ DATASETS = {
     "mnist": datasets.MNIST,
     "fashion-mnist": datasets.FashionMNIST,
     "kmnist": datasets.KMNIST,
-    "synthetic": datasets.MNIST,  # see draw_digits; only the names of the classes are MNIST's
+    "synthetic": datasets.MNIST,  # drawn by draw_digits; MNIST only gives the names of the classes
 }
 
 
@@ -322,9 +326,9 @@ def load_data(
 ):
     """Return the Data of a dataset, on the device: its images are (N, 1, 28, 28) in [0, 1].
 
-    dataset: a key of DATASETS. limit: train on the first images only. validate: hold out the last
-    training images, and evaluate on them instead of the test images. Raises UserError if the
-    dataset can be neither read nor downloaded, or has not as many images.
+    dataset: a key of DATASETS. limit: train on this many images, the first ones. validate: hold out
+    this many training images, the last ones, and evaluate on them instead of the test images.
+    Raises UserError if the dataset can be neither read nor downloaded, or if no images are left.
     """
     if dataset == "synthetic":
         with torch.random.fork_rng([]):  # Afterwards, the random numbers go on as before.
@@ -349,7 +353,7 @@ def load_data(
 
 
 def write_file(file, content):
-    """Write bytes to a file. An old file is replaced when the new one is complete, or not at all.
+    """Write bytes to a file. An old file stays until the new one is complete.
 
     Raises UserError if the file cannot be written.
     """
@@ -380,7 +384,7 @@ def load_weights(model, file):
     """
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
-        copy.deepcopy(model).load_state_dict(weights)  # first a copy, which an error may damage
+        copy.deepcopy(model).load_state_dict(weights)  # An error would leave it half loaded.
         model.load_state_dict(weights)
     except Exception as error:  # for an invalid file, torch may raise almost any exception
         raise UserError(
@@ -432,8 +436,8 @@ def draw_errors(model, data, file):
 
 
 # ---- pictures of your own ----
-# You can skip the rest of the file. The numbers in this section were tried on 538 pictures of
-# handwritten digits: photos, scans and drawings.
+# You can skip this section. Its numbers were tried on 538 pictures of handwritten digits: photos,
+# scans and drawings.
 
 
 def find_ink(grey):
@@ -451,9 +455,9 @@ def find_ink(grey):
     square = F.pad(grey, (0, 256 - width, 0, 256 - height), mode="replicate")
     if square.median() < (grey.min() + grey.max()) / 2:
         grey = 255 - grey
-    # Estimate the paper by the lightest pixel in each cell of a 10x10 grid. With larger cells, a
-    # shadow would count as ink. A thick stroke that fills a cell would count as paper; therefore,
-    # the estimate is at least half of the lightest pixel of the picture.
+    # Estimate the paper by the lightest pixel in each of 10x10 cells. With larger cells, a shadow
+    # would count as ink. A thick stroke that fills a cell would count as paper; therefore, the
+    # estimate is at least half of the lightest pixel of the picture. Ink is darker than paper.
     paper = F.adaptive_max_pool2d(grey, 10).clamp(min=grey.max() / 2)  # (1, 10, 10)
     paper = F.avg_pool2d(paper, 3, stride=1, padding=1, count_include_pad=False)  # smooth
     ink = F.interpolate(paper[None], (height, width), mode="bilinear")[0] - grey
@@ -467,7 +471,7 @@ def find_ink(grey):
 
 
 def main_components(ink):
-    """Keep the connected components with the most ink; set all other ink to 0.
+    """Keep the connected components (separate pieces) with the most ink; set all other ink to 0.
 
     ink: (1, H, W) in [0, 1], H and W multiples of 4; returns the same shape. A component is kept if
     it has more than 0.3 times as much ink as the component with the most ink, so the second stroke
@@ -500,9 +504,9 @@ def mnist_form(grey):
     """Convert a picture of a digit, grey levels (1, H, W) in [0, 255], to MNIST's (1, 28, 28).
 
     The digit may be dark on light or the reverse, of any size, anywhere. As in MNIST, it is scaled,
-    and its centre is moved to the middle of pixel (14, 14), where MNIST's training images have it
-    on average; see LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document
-    recognition" (1998). Raises ValueError if there is hardly any contrast.
+    and its centre of mass is moved to the middle of pixel (14, 14), where MNIST's training images
+    have it on average; see LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to
+    document recognition" (1998). Raises ValueError if there is hardly any contrast.
     """
     # The longer side becomes 256 pixels, the other one a multiple of 4. With fewer pixels, thin
     # strokes would vanish; with more, strokes would fall apart into several components.
@@ -511,15 +515,15 @@ def mnist_form(grey):
     drawn = (ink[0] > 0.25).nonzero()  # (pixels, 2): the strokes, without their blurred edge
     longer = 1 + (drawn.amax(dim=0) - drawn.amin(dim=0)).max().item()
     # MNIST's digits have thick strokes, and 20 of 28 pixels on their longer side. Most people's
-    # strokes are thinner. With 20 pixels, the middle of each stroke would be too far out: use 19.
+    # strokes are thinner. With 20 pixels, such a digit would be too large: use 19.
     side = round(longer * 28 / 19)
     centre = drawn.float().mean(dim=0) + 0.5  # because the middle of pixel i is at i + 0.5
     top, left = (centre - side * 14.5 / 28).round().int().tolist()
     digit = resized_crop(ink, top, left, side, side, 28)  # 0 outside of the picture
     digit = digit / digit.max()
     # Bring the mean closer to that of MNIST's training images, 0.1307: this makes the strokes of a
-    # pencil bolder, and those of a felt pen thinner. gamma solves mean**gamma = 0.1307,
-    # which would be exact if all pixels were equal.
+    # pencil bolder, and those of a felt pen thinner. gamma solves mean**gamma = 0.1307, so it would
+    # be exact if all pixels were equal.
     gamma = math.log(0.1307) / math.log(digit.mean())
     return digit**gamma
 
@@ -596,7 +600,7 @@ def make_parser(description):
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("training").add_argument  # add(...) adds to this group
-    add("--epochs", type=int, default=10, help="0: only evaluate (default: %(default)s)")
+    add("--epochs", type=int, default=10, help="default: %(default)s; 0: only evaluate")
     add("--batch-size", type=positive_int, default=100, help="default: %(default)s")
     add("--lr", type=float, help="default: 0.001; with --one-cycle 0.01 (CNN) or 0.005 (LSTM)")
     add("--one-cycle", action="store_true", help="raise the learning rate to --lr, then lower it")
@@ -630,7 +634,7 @@ def make_parser(description):
 
 
 def parse_args(parser, argv):
-    """Parse `argv`, a list (None: the program's own), and check the options."""
+    """Parse `argv`, a list (by default sys.argv), and check the options."""
     if argv is None:
         # In a console, such as a notebook's, sys.argv has the console's arguments, not ours. There,
         # sys.argv[0] ends with one of these names.
@@ -694,7 +698,7 @@ def run(main):
     """
     try:
         result = main()
-        sys.stdout.flush()  # If the reader of a pipe has gone, this fails here, not at the exit.
+        sys.stdout.flush()  # so that a closed pipe fails here, not at the exit
         return result
     except (UserError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

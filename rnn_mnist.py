@@ -11,86 +11,86 @@ import time
 import torch
 from torch import nn
 
-import common  # the file beside this one; PyPI's package "common" is another one
+import common  # common.py in this folder, not PyPI's package of that name
 from common import Epoch, check_results, create_model, evaluate, format_scores, random_affine
 
-# cnn_mnist.py contains the same loop, on purpose, so that you can read each file alone. They differ
-# in the network, its options, and two numbers: the peak of the learning rate, and the shift.
+# cnn_mnist.py contains the same function train(), on purpose, so that you can read either file. Its
+# two numbers differ: the peak of the learning rate, and the shift of augment.
 
 
 class RNN(nn.Module):
-    """Map images (N, 1, T, 28) in [0, 1], or sequences (N, T, input_size), to logits (N, classes).
+    """Map N images (N, 1, 28, 28) or sequences (N, T, input_size) to logits (N, num_classes).
 
-    The T time steps of an image are its rows, from the top. Logits are the scores before softmax:
-    there is no softmax here, because CrossEntropyLoss applies it.
+    The T time steps of an image are its 28 rows, from the top. Logits are one score for each class.
+    No softmax follows, because CrossEntropyLoss applies it.
     """
 
     def __init__(self, hidden_size=128, num_layers=2, input_size=28, num_classes=10):
         super().__init__()
-        # An LSTM reads one time step after the other, and keeps two vectors for each sequence: the
-        # hidden state, which is its output, and the cell state, its memory. Both start at zero. The
-        # second layer reads the hidden states of the first one.
-        # batch_first, because the first dimension of x is the batch, and the second one is time.
+        # An LSTM reads one time step after the other. Each layer keeps two vectors for a sequence:
+        # the hidden state, which is its output, and the cell state, its memory. Both start at zero.
+        # The second layer reads the hidden states of the first one. batch_first: x is (N, T, ...).
         self.lstm = nn.LSTM(input_size, hidden_size, num_layers, batch_first=True)
         self.fc = nn.Linear(hidden_size, num_classes)
 
     def forward(self, x):
         if x.dim() == 4:
             x = x.squeeze(1)  # (N, 28, 28), without the channel of an image
-        out, _ = self.lstm(x)  # out: hidden states of the last layer, (N, T, hidden_size)
-        # out[:, -1]: after the last time step, when the LSTM has read all rows. _: the final states
-        return self.fc(out[:, -1])  # (N, num_classes)
+        out, _ = self.lstm(x)  # out: the last layer's hidden states (N, T, ...); _: final states
+        return self.fc(out[:, -1])  # (N, num_classes), from the last step: it has seen all rows
 
 
 def train(
-    network, data, epochs=10, lr=None, one_cycle=False, augment=False, seed=0, after_epoch=None
+    network, data, *, epochs=10, lr=None, one_cycle=False, augment=False, seed=0, after_epoch=None
 ):
-    """Train a network, and evaluate it after each epoch; return it and a list of Epochs.
+    """Train a network, and evaluate it after each epoch; return the network and a list of Epochs.
 
     network: a class or function that creates it. data: a Data. lr: the learning rate, 0.001 by
     default; with one_cycle its peak, 0.005 by default. augment: distort the training images at
     random. after_epoch: a function that is called with the network and the Epochs so far; if it
-    returns True, the training ends. On the same machine, the same call gives the same weights.
-    Raises TypeError if network is an object, and FloatingPointError if a loss is not finite.
+    returns True, the training ends. The same call gives the same weights, on the same machine and
+    with as many threads. Raises TypeError if network is an object, FloatingPointError if a loss is
+    not finite, and ValueError if the names of the classes do not fit the network.
     """
     model, device = create_model(network, seed, data.device)
     steps = len(data.train_loader)
     if lr is None:
         lr = 0.005 if one_cycle else 0.001
-    criterion = nn.CrossEntropyLoss()  # If you change it, evaluate() still computes this one.
-    # fused=True: one operation updates all weights. Remove it if your optimizer does not have it.
+    criterion = nn.CrossEntropyLoss()  # evaluate() computes this loss, even if you change it here.
+    # fused=True is faster: one operation updates all weights. Some optimizers do not have it.
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     if one_cycle:
         # In the first 30% of the steps, the learning rate rises from lr / 25 to lr; then it falls
-        # to almost 0. Adam's beta1 (SGD's momentum) falls from 0.95 to 0.85, then rises again.
+        # to almost 0. Adam's beta1 (or SGD's momentum) falls from 0.95 to 0.85, then rises again.
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps)
     history = []
     for epoch in range(1, epochs + 1):
-        torch.manual_seed(1000 * seed + epoch)  # for the order of the samples, dropout, augment
+        # The order of the samples, dropout and augment depend on seed and epoch, on nothing before.
+        torch.manual_seed(1000 * seed + epoch)
         progress = f"Epoch [{epoch}/{epochs}]"
         start = time.perf_counter()
-        loss_sum, samples = 0, 0
-        model.train()  # training mode, for layers such as dropout and BatchNorm
+        loss_sum, count = 0, 0
+        model.train()  # training mode: dropout is on, and BatchNorm uses the batch
         for step, (images, labels) in enumerate(data.train_loader, start=1):
-            images, labels = images.to(device), labels.to(device)  # the batch may be elsewhere
+            images, labels = images.to(device), labels.to(device)  # a DataLoader's are on the CPU
             if augment:
                 images = random_affine(images, shift=2)  # by at most 2 pixels
             logits = model(images)  # (N, num_classes)
-            loss = criterion(logits, labels)
+            loss = criterion(logits, labels)  # the mean over the batch
             optimizer.zero_grad()  # because backward() adds to the gradients
-            loss.backward()
-            optimizer.step()
+            loss.backward()  # computes the gradients
+            optimizer.step()  # changes the weights
             if one_cycle:
                 scheduler.step()
-            # A GPU works while Python goes on; item() would wait for it. detach(): without graph.
+            # Not loss.item(), which would wait for the GPU in each step. detach() drops the graph.
             loss_sum += loss.detach() * len(labels)
-            samples += len(labels)
+            count += len(labels)
             if step % 100 == 0 or step == steps:
                 print(f"{progress}, Step [{step}/{steps}], Loss: {loss:.4f}", flush=True)
-        train_loss = (loss_sum / samples).item()
+        train_loss = (loss_sum / count).item()
         seconds = time.perf_counter() - start
 
-        model.eval()  # evaluation mode
+        model.eval()  # evaluation mode, for whoever gets the model
         evaluation = evaluate(model, data.eval_loader)
         check_results(train_loss, evaluation, data.classes)
         scores = format_scores(evaluation, data.split)
@@ -104,9 +104,9 @@ def train(
 def main(argv=None):
     """Run the command line `argv`, a list; return the network and its Evaluation."""
     parser = common.make_parser(__doc__)
-    add = parser.add_argument_group("LSTM, the same for --save and --load").add_argument
-    add("--hidden", type=common.positive_int, default=128, help="size (default: %(default)s)")
-    add("--layers", type=common.positive_int, default=2, help="number (default: %(default)s)")
+    add = parser.add_argument_group("LSTM: hidden size and number of layers").add_argument
+    add("--hidden", type=common.positive_int, default=128, help="default: %(default)s")
+    add("--layers", type=common.positive_int, default=2, help="default: %(default)s")
     args = common.parse_args(parser, argv)
     return common.run_command(args, lambda: RNN(args.hidden, args.layers), train)
 

@@ -275,15 +275,16 @@ def test_the_same_call_gives_the_same_weights(network, device, options):
 
     model, _ = train(network, data, epochs=2, **options)
     torch.rand(3)
-    assert same_weights(model, train(network, data, 2, after_epoch=measure, **options)[0])
-    assert not same_weights(model, train(network, data, 2, seed=1, **options)[0])
+    assert same_weights(model, train(network, data, epochs=2, after_epoch=measure, **options)[0])
+    assert not same_weights(model, train(network, data, epochs=2, seed=1, **options)[0])
 
 
 def test_the_command_line_and_train_give_the_same_weights(script, network, command):
     options = "--limit 110 --validate 60 --batch-size 64 --epochs 2 --one-cycle --augment --seed 3"
     trained = command(script, f"{options} --lr 0.002").model
     data = common.load_data(limit=110, validate=60, batch_size=64, device="cpu")
-    model, _ = script.train(network, data, 2, 0.002, one_cycle=True, augment=True, seed=3)
+    options = {"lr": 0.002, "one_cycle": True, "augment": True, "seed": 3}
+    model, _ = script.train(network, data, epochs=2, **options)
     assert same_weights(trained, model)
     args = common.parse_args(common.make_parser(""), [])
     assert (args.epochs, args.batch_size, args.lr, args.seed) == (10, 100, None, 0)
@@ -291,7 +292,7 @@ def test_the_command_line_and_train_give_the_same_weights(script, network, comma
 
 def test_an_object_is_refused_and_a_function_continues_it():
     model = Own()
-    with raises(TypeError, match="to continue one: lambda: model"):
+    with raises(TypeError, match="to continue: lambda: model"):
         train(model, digits())
     assert train(lambda: model, digits(), epochs=1)[0] is model
     assert model.seen
