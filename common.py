@@ -64,7 +64,7 @@ class Data(NamedTuple):
     eval_loader: object
     classes: list
     split: str = "test"
-    device: str = "auto"
+    device: object = "auto"
 
 
 def find_device(name):
@@ -78,7 +78,7 @@ def find_device(name):
 def as_tensors(inputs, labels, device):
     """Convert inputs (N, ...) to a float tensor, labels (N,) to int64, and move both to the device.
 
-    They may be arrays, tensors or lists. Inputs of type uint8 are taken for images: they are
+    They may be arrays, tensors or lists. Inputs of type uint8 are treated as images: they are
     divided by 255, and (N, H, W) becomes (N, 1, H, W). Raises ValueError if there are no inputs, if
     there are more or fewer labels than inputs, or if a label is not a whole number.
     """
@@ -128,7 +128,7 @@ class Evaluation(NamedTuple):
     accuracy: float  # in [0, 1]
     confusion: torch.Tensor  # (C, C), int64: rows are true classes, columns are predictions
     logits: torch.Tensor  # (N, C), in the order of the loader
-    labels: torch.Tensor  # (N,), int64, in the same order (another one each time, if it shuffles)
+    labels: torch.Tensor  # (N,), int64, in the same order (new each time if the loader shuffles)
 
 
 def evaluate(model, loader):
@@ -172,7 +172,7 @@ def print_tables(confusion, names):
     """
     check_names(confusion, names)
     names = list(map(str, names))
-    # for each class: how many samples are right, are predicted as it, and belong to it
+    # the numbers of correct, predicted and true samples of each class
     hits, predicted, counts = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
     # clamp avoids 0 / 0: a class without predictions or without samples gets 0.
     precision, recall = hits / predicted.clamp(min=1), hits / counts.clamp(min=1)
@@ -185,7 +185,7 @@ def print_tables(confusion, names):
             f"{name:<{width}}{precision[i]:>10.4f}{recall[i]:>10.4f}{f1[i]:>10.4f}{counts[i]:>10}"
         )
     print("Confusion matrix (rows: true classes, columns: predicted classes):")
-    column = max(5, 50 // len(names))  # 50 characters for all columns, but at least 5 for each
+    column = max(5, 50 // len(names))  # 50 characters for all names, but at least 5 for each
     print(" " * width + "".join(f" {name[:column]:>{column}}" for name in names))
     for i, name in enumerate(names):
         print(f"{name:<{width}}" + "".join(f" {count:>{column}}" for count in confusion[i]))
@@ -201,9 +201,10 @@ class Epoch(NamedTuple):
     seconds: float  # to train, without the evaluation
 
 
-def check_results(train_loss, evaluation, classes):
-    """Raise FloatingPointError if a loss is infinite or NaN, ValueError as check_names() does."""
-    if not math.isfinite(train_loss + evaluation.loss):
+def check_results(evaluation, classes):
+    """Raise FloatingPointError if the loss is infinite or NaN, ValueError as check_names() does."""
+    # If the training loss was not finite, the weights are NaN, and so is this loss.
+    if not math.isfinite(evaluation.loss):
         raise FloatingPointError(
             "the loss is not finite; try a smaller learning rate, "
             "or look for values in the data that are not finite"
@@ -225,7 +226,7 @@ def create_model(network, seed, device):
     """Set the random seed, create a network, print its size, and return it and its device.
 
     network: a class or function that returns a network, which is called after the seed is set, so
-    that the seed decides the first weights. Raises TypeError if it is an object. device: as
+    that the seed decides the first weights. Raises TypeError if it is a Module. device: as
     find_device() takes it. The settings of GPU and memory hold for the whole process.
     """
     if isinstance(network, torch.nn.Module):
@@ -283,7 +284,7 @@ DATASETS = {
     "mnist": datasets.MNIST,
     "fashion-mnist": datasets.FashionMNIST,
     "kmnist": datasets.KMNIST,
-    "synthetic": datasets.MNIST,  # drawn by draw_digits; MNIST only gives the names of the classes
+    "synthetic": datasets.MNIST,  # drawn by draw_digits; MNIST gives the names of the classes
 }
 
 
@@ -331,7 +332,7 @@ def load_data(
     Raises UserError if the dataset can be neither read nor downloaded, or if no images are left.
     """
     if dataset == "synthetic":
-        with torch.random.fork_rng([]):  # Afterwards, the random numbers go on as before.
+        with torch.random.fork_rng([]):  # Afterwards, the CPU's random numbers go on as before.
             torch.manual_seed(0)  # the same digits in each run
             train, held_out = draw_digits(60_000), draw_digits(10_000)
     else:

@@ -14,8 +14,8 @@ from torch import nn
 import common  # common.py in this folder, not PyPI's package of that name
 from common import Epoch, check_results, create_model, evaluate, format_scores, random_affine
 
-# cnn_mnist.py contains the same function train(), on purpose, so that you can read either file. Its
-# two numbers differ: the peak of the learning rate, and the shift of augment.
+# cnn_mnist.py contains the same function train(), on purpose, so that you can read either file.
+# Only two numbers differ: the peak of the learning rate, and the shift of augment.
 
 
 class RNN(nn.Module):
@@ -46,11 +46,11 @@ def train(
     """Train a network, and evaluate it after each epoch; return the network and a list of Epochs.
 
     network: a class or function that creates it. data: a Data. lr: the learning rate, 0.001 by
-    default; with one_cycle its peak, 0.005 by default. augment: distort the training images at
-    random. after_epoch: a function that is called with the network and the Epochs so far; if it
-    returns True, the training ends. The same call gives the same weights, on the same machine and
-    with as many threads. Raises TypeError if network is an object, FloatingPointError if a loss is
-    not finite, and ValueError if the names of the classes do not fit the network.
+    default; with one_cycle its peak, 0.005 by default. augment: distort the training images, which
+    have to be square. after_epoch: a function that is called with the network and the Epochs so
+    far; if it returns True, the training ends. The same call gives the same weights, on the same
+    machine and with as many threads. Raises TypeError if network is a Module, FloatingPointError if
+    the loss is not finite, and ValueError if there are not as many names of classes as outputs.
     """
     model, device = create_model(network, seed, data.device)
     steps = len(data.train_loader)
@@ -65,7 +65,7 @@ def train(
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps)
     history = []
     for epoch in range(1, epochs + 1):
-        # The order of the samples, dropout and augment depend on seed and epoch, on nothing before.
+        # The order of the samples, dropout and augment depend only on seed and epoch.
         torch.manual_seed(1000 * seed + epoch)
         progress = f"Epoch [{epoch}/{epochs}]"
         start = time.perf_counter()
@@ -90,9 +90,9 @@ def train(
         train_loss = (loss_sum / count).item()
         seconds = time.perf_counter() - start
 
-        model.eval()  # evaluation mode, for whoever gets the model
+        model.eval()  # evaluation mode, for after_epoch and the caller
         evaluation = evaluate(model, data.eval_loader)
-        check_results(train_loss, evaluation, data.classes)
+        check_results(evaluation, data.classes)
         scores = format_scores(evaluation, data.split)
         print(f"{progress}, {scores}, Time: {seconds:.2f} s", flush=True)
         history.append(Epoch(epoch, train_loss, evaluation.loss, evaluation.accuracy, seconds))
@@ -112,4 +112,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    model, evaluation = common.run(main)
+    model, evaluation = common.run(main)  # to look at, in a notebook

@@ -373,11 +373,10 @@ def test_a_step_neither_waits_for_the_device_nor_copies(device, options):
     assert count(250) == count(130)  # 1 and 2 steps; the last one is printed
 
 
-@parametrize("value", [0.5, float("inf")])
-def test_a_loss_that_is_not_finite_is_an_error_before_after_epoch(value):
-    """In training, or only in the evaluation."""
-    train_pair, eval_pair = ((torch.full((9, 784), x), [0] * 9) for x in (value, float("inf")))
-    data = make_data(train_pair, eval_pair, range(10))
+def test_a_loss_that_is_not_finite_is_an_error_before_after_epoch():
+    """Also if only the data to evaluate on have such a value."""
+    pairs = [(torch.full((9, 784), value), [0] * 9) for value in (0.5, float("inf"))]
+    data = make_data(*pairs, range(10))
     with raises(FloatingPointError, match="try a smaller learning rate"):
         train(Own, data, after_epoch=pytest.fail)
 
@@ -477,21 +476,21 @@ def test_real_mnist_is_learned():
 
 
 def test_evaluate_computes_each_figure(device):
-    """The network's logits are its inputs."""
-    model = nn.Linear(2, 2, bias=False).to(device)
+    """The network's logits are its inputs; no sample belongs to the third class."""
+    model = nn.Linear(3, 3, bias=False).to(device)
     nn.init.eye_(model.weight)
-    logits, labels = 3 * torch.eye(2)[[0, 1, 0, 1]], torch.tensor([0, 0, 0, 1])
+    logits, labels = 3 * torch.eye(3)[[0, 1, 0, 1]], torch.tensor([0, 0, 0, 1])
     loader = DataLoader(TensorDataset(logits, labels.byte()), 3)
     evaluation = evaluate(model, loader)
-    assert evaluation.loss == approx(0.79859, abs=1e-4)  # (3 ln(1 + e^-3) + ln(1 + e^3)) / 4
+    assert evaluation.loss == approx(0.84493, abs=1e-4)  # ln(e^3 + 2) - 3 * 3 / 4
     assert evaluation.accuracy == 0.75
-    assert evaluation.confusion.tolist() == [[2, 1], [0, 1]]
+    assert evaluation.confusion.tolist() == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
     assert torch.equal(evaluation.logits, logits)
     assert torch.equal(evaluation.labels, labels)
     assert model.training  # as before
     assert not evaluation.logits.requires_grad
-    with raises(IndexError, match="Target 2 is out of bounds"):
-        evaluate(model, [(logits, labels + 1)])
+    with raises(IndexError, match="Target 3 is out of bounds"):
+        evaluate(model, [(logits, labels + 2)])
 
 
 THREE_CLASSES = """\
