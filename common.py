@@ -155,14 +155,16 @@ def evaluate(model, loader):
 
 def format_scores(evaluation, split):
     """Format the loss and accuracy of an evaluation."""
-    split = split.capitalize()
-    return f"{split} loss: {evaluation.loss:.4f}, {split} accuracy: {evaluation.accuracy:.2%}"
+    return (
+        f"{split.capitalize()} loss: {evaluation.loss:.4f}, "
+        f"{split.capitalize()} accuracy: {evaluation.accuracy:.2%}"
+    )
 
 
-def check_names(confusion, names):
+def check_names(outputs, names):
     """Raise ValueError if there are not as many names as outputs of the network."""
-    if len(names) != len(confusion):
-        raise ValueError(f"{len(confusion)} outputs of the network, but {len(names)} class names")
+    if len(names) != len(outputs):
+        raise ValueError(f"{len(outputs)} outputs of the network, but {len(names)} class names")
 
 
 def print_tables(confusion, names):
@@ -230,7 +232,9 @@ def create_model(network, seed, device):
     find_device() takes it. The settings of GPU and memory hold for the whole process.
     """
     if isinstance(network, torch.nn.Module):
-        raise TypeError("pass a class or a function (lambda: RNN(64)); to continue: lambda: model")
+        raise TypeError(
+            "pass CNN, not CNN(), or lambda: RNN(64); lambda: model trains the same model further"
+        )
     # With these two settings, an NVIDIA GPU, too, gives the CNN and the LSTM the same weights for
     # the same seed. The second one gives the library for matrix products two buffers of 4,096 KiB;
     # see https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
@@ -548,7 +552,7 @@ def read_picture(file):
 def predict_pictures(model, files, classes):
     """Print the predicted digit in each picture, and the network's confidence.
 
-    Raises UserError at the end if a picture cannot be read.
+    Raises UserError at the end if a picture cannot be read, ValueError as check_names() does.
     """
     failures = []
     for file in files:
@@ -557,7 +561,9 @@ def predict_pictures(model, files, classes):
         except Exception as error:  # for an invalid picture, Pillow may raise almost any exception
             failures.append(f"cannot read a digit from {file}: {reason(error)}")
         else:
-            confidence, digit = predict(model, image[None]).softmax(dim=1)[0].max(dim=0)
+            logits = predict(model, image[None])[0]  # (C,)
+            check_names(logits, classes)
+            confidence, digit = logits.softmax(dim=0).max(dim=0)
             print(f"{file}: {classes[digit]} ({confidence:.1%})")
     if failures:
         raise UserError(f"{'; '.join(failures)}; use JPEG or PNG files of one digit on plain paper")
@@ -612,12 +618,7 @@ def make_parser(description):
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="mnist", help="default: mnist; offline: synthetic")
     add("--data-dir", default="data", help="dataset folder (default: %(default)s)")
-    add(
-        "--limit",
-        type=positive_int,
-        default=math.inf,
-        help="train on the first LIMIT training images",
-    )
+    add("--limit", type=positive_int, default=math.inf, help="train on the first LIMIT images")
     add(
         "--validate",
         type=positive_int,
