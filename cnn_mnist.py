@@ -28,14 +28,14 @@ class CNN(nn.Module):
     def __init__(self, num_classes=10):
         super().__init__()
         # A 3x3 convolution would cut off a border; with padding 1, it keeps the size of the image.
-        self.conv1 = nn.Conv2d(1, 16, kernel_size=3, padding=1)  # 16 * (1 * 9 + 1) parameters
+        self.conv1 = nn.Conv2d(1, 16, kernel_size=3, padding=1)  # 16 * (1 * 9 weights + 1 bias)
         self.conv2 = nn.Conv2d(16, 32, kernel_size=3, padding=1)  # 32 * (16 * 9 + 1)
-        self.fc = nn.Linear(32 * 7 * 7, num_classes)  # 10 * (1568 + 1): in all, 20,490
+        self.fc = nn.Linear(32 * 7 * 7, num_classes)  # 10 * (1568 + 1); sum: 20,490
 
     def forward(self, x):
         if x.device.type == "cpu":
             x = x.to(memory_format=torch.channels_last)  # makes convolutions on a CPU faster
-        # ReLU after max pooling gives the same result, and is faster: only a quarter of the values.
+        # ReLU keeps the order of values, so it may follow max pooling: a quarter of the work.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))  # (N, 16, 14, 14)
         x = F.relu(F.max_pool2d(self.conv2(x), 2))  # (N, 32, 7, 7)
         return self.fc(x.flatten(start_dim=1))  # (N, num_classes)
@@ -57,7 +57,7 @@ def train(
     steps = len(data.train_loader)
     if lr is None:
         lr = 0.01 if one_cycle else 0.001
-    criterion = nn.CrossEntropyLoss()  # evaluate() computes this loss, even if you change it here.
+    criterion = nn.CrossEntropyLoss()  # evaluate() always uses it, even if you change this line
     # fused=True is faster: one operation updates all weights. Some optimizers do not have it.
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     if one_cycle:
@@ -66,7 +66,7 @@ def train(
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps)
     history = []
     for epoch in range(1, epochs + 1):
-        # The order of the samples, dropout and augment depend only on seed and epoch.
+        # So the order, dropout and augment do not depend on random numbers that were drawn before.
         torch.manual_seed(1000 * seed + epoch)
         progress = f"Epoch [{epoch}/{epochs}]"
         start = time.perf_counter()
@@ -83,8 +83,8 @@ def train(
             optimizer.step()  # changes the weights
             if one_cycle:
                 scheduler.step()
-            # Not loss.item(), which would wait for the GPU in each step. detach() drops the graph.
-            loss_sum += loss.detach() * len(labels)
+            # Not loss.item(), which would wait for a GPU: it computes while Python goes on.
+            loss_sum += loss.detach() * len(labels)  # detach(): no gradient is needed
             count += len(labels)
             if step % 100 == 0 or step == steps:
                 print(f"{progress}, Step [{step}/{steps}], Loss: {loss:.4f}", flush=True)

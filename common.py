@@ -110,8 +110,8 @@ def make_data(train_pair, eval_pair, classes, split="test", batch_size=100, devi
 def predict(model, inputs):
     """Return the model's logits (N, C) for a batch of inputs (N, ...), which may be on any device.
 
-    The inputs are those that the network was trained on, such as images in [0, 1]. The network
-    computes in evaluation mode; then, its mode is restored.
+    They have to be scaled as for training, such as images to [0, 1]. The network computes in
+    evaluation mode; then, its mode is restored.
     """
     device = next(model.parameters()).device  # where the first weights of the model are
     training = model.training
@@ -227,13 +227,13 @@ def keep_freed_memory():
 def create_model(network, seed, device):
     """Set the random seed, create a network, print its size, and return it and its device.
 
-    network: a class or function that returns a network, which is called after the seed is set, so
-    that the seed decides the first weights. Raises TypeError if it is a Module. device: as
+    network: a class or function that returns a network; it is called after the seed is set, so that
+    the seed decides the initial weights. Raises TypeError if it is a Module. device: as
     find_device() takes it. The settings of GPU and memory hold for the whole process.
     """
     if isinstance(network, torch.nn.Module):
         raise TypeError(
-            "pass CNN, not CNN(), or lambda: RNN(64); lambda: model trains the same model further"
+            "pass CNN or lambda: RNN(64), not CNN(); lambda: model trains the same model further"
         )
     # With these two settings, an NVIDIA GPU, too, gives the CNN and the LSTM the same weights for
     # the same seed. The second one gives the library for matrix products two buffers of 4,096 KiB;
@@ -244,7 +244,7 @@ def create_model(network, seed, device):
     torch.manual_seed(seed)
     device = find_device(device)
     model = network()
-    model.to(device)  # moves the network itself; a tensor's to() leaves the tensor as it is
+    model.to(device)  # moves the network itself; a tensor's to() returns a new one
     model.eval()  # evaluation mode: dropout is off, and BatchNorm uses what it has learned
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"Device: {device}, Model: {type(model).__name__} ({count:,} parameters)")
@@ -460,7 +460,7 @@ def find_ink(grey):
     square = F.pad(grey, (0, 256 - width, 0, 256 - height), mode="replicate")
     if square.median() < (grey.min() + grey.max()) / 2:
         grey = 255 - grey
-    # Estimate the paper by the lightest pixel in each of 10x10 cells. With larger cells, a shadow
+    # Estimate the paper by the lightest pixel in each cell of a 10x10 grid. In larger cells, shadow
     # would count as ink. A thick stroke that fills a cell would count as paper; therefore, the
     # estimate is at least half of the lightest pixel of the picture. Ink is darker than paper.
     paper = F.adaptive_max_pool2d(grey, 10).clamp(min=grey.max() / 2)  # (1, 10, 10)

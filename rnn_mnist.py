@@ -56,7 +56,7 @@ def train(
     steps = len(data.train_loader)
     if lr is None:
         lr = 0.005 if one_cycle else 0.001
-    criterion = nn.CrossEntropyLoss()  # evaluate() computes this loss, even if you change it here.
+    criterion = nn.CrossEntropyLoss()  # evaluate() always uses it, even if you change this line
     # fused=True is faster: one operation updates all weights. Some optimizers do not have it.
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     if one_cycle:
@@ -65,7 +65,7 @@ def train(
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps)
     history = []
     for epoch in range(1, epochs + 1):
-        # The order of the samples, dropout and augment depend only on seed and epoch.
+        # So the order, dropout and augment do not depend on random numbers that were drawn before.
         torch.manual_seed(1000 * seed + epoch)
         progress = f"Epoch [{epoch}/{epochs}]"
         start = time.perf_counter()
@@ -82,8 +82,8 @@ def train(
             optimizer.step()  # changes the weights
             if one_cycle:
                 scheduler.step()
-            # Not loss.item(), which would wait for the GPU in each step. detach() drops the graph.
-            loss_sum += loss.detach() * len(labels)
+            # Not loss.item(), which would wait for a GPU: it computes while Python goes on.
+            loss_sum += loss.detach() * len(labels)  # detach(): no gradient is needed
             count += len(labels)
             if step % 100 == 0 or step == steps:
                 print(f"{progress}, Step [{step}/{steps}], Loss: {loss:.4f}", flush=True)

@@ -169,9 +169,9 @@ def test_bug_classifier_input_size():
     """The tutorial's layers fit together if the convolutions keep the size of the image."""
     cnn, images = CNN(num_classes=3), torch.rand(2, 1, 28, 28)
     x = F.max_pool2d(cnn.conv1(images).relu(), 2)
-    x = F.max_pool2d(cnn.conv2(x).relu(), 2)  # (2, 32, 7, 7)
+    x = F.max_pool2d(cnn.conv2(x).relu(), 2)
     assert torch.allclose(cnn(images), cnn.fc(x.flatten(1)), atol=1e-5)
-    assert cnn.fc.out_features == 3
+    assert cnn.fc.weight.shape == (3, 32 * 7 * 7)
 
 
 def test_bug_batch_taken_for_time(network, device):
@@ -245,10 +245,11 @@ def test_smoke_one_batch(script, network, device):
 
 
 @parametrize("network", [CNN, RNN, Own])
-def test_defaults_train_as_the_tutorial_does(network):
+def test_defaults_train_as_the_tutorial_does(network, capsys):
     """In an order that hangs on seed and epoch alone; train_loss is a mean over the samples."""
     loader = digits().train_loader
     _, history = train(network, digits(), epochs=2, seed=3)
+    printed = re.findall("Loss: (.*)", capsys.readouterr().out)  # of the last step of each epoch
     torch.manual_seed(3)
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
@@ -261,6 +262,7 @@ def test_defaults_train_as_the_tutorial_does(network):
             loss.backward()
             optimizer.step()
             total += loss.item() * len(batch)
+        assert float(printed[epoch - 1]) == approx(loss.item(), abs=1e-3)
         assert history[epoch - 1].train_loss == approx(total / 250, abs=1e-4)
 
 
@@ -321,15 +323,15 @@ def test_seconds_are_those_of_the_training_steps(monkeypatch):
     assert [row.seconds for row in history] == [3, 3]  # without the evaluation
 
 
-@parametrize(("script", "peak"), [(cnn_mnist, 0.01), (rnn_mnist, 0.005)])
-def test_one_cycle_peaks_after_30_percent_of_the_steps(script, peak):
+@parametrize(("lr", "peak"), [(None, 0.01), (0.002, 0.002)])
+def test_one_cycle_peaks_after_30_percent_of_the_steps(lr, peak):
     rates = []
     hook = register_optimizer_step_pre_hook(
         lambda adam, *_: rates.append(adam.param_groups[0]["lr"])
     )
-    script.train(Own, digits(), one_cycle=True)  # 30 steps; the ninth has the peak
+    train(Own, digits(batch_size=25), epochs=1, lr=lr, one_cycle=True)  # 10 steps; peak: the third
     hook.remove()
-    assert [rates[0], rates[8], rates[-1]] == approx([peak / 25, peak, peak / 250_000])
+    assert [rates[0], rates[2], rates[-1]] == approx([peak / 25, peak, peak / 250_000])
 
 
 def test_augment_moves_each_training_image_and_no_other():
@@ -374,14 +376,6 @@ def test_a_step_neither_waits_for_the_device_nor_copies(device, options):
         return [called.count(f"aten::{name}") for name in ("item", "is_nonzero", "_to_copy")]
 
     assert count(250) == count(130)  # 1 and 2 steps; the last one is printed
-
-
-def test_a_loss_that_is_not_finite_is_an_error_before_after_epoch():
-    """Also if only the data to evaluate on have such a value."""
-    pairs = [(torch.full((9, 784), value), [0] * 9) for value in (0.5, float("inf"))]
-    data = make_data(*pairs, range(10))
-    with raises(FloatingPointError, match="try a smaller learning rate"):
-        train(Own, data, after_epoch=pytest.fail)
 
 
 def test_names_that_do_not_fit_the_outputs_are_told_after_the_first_epoch():
@@ -434,8 +428,9 @@ def test_own_loaders_and_lists_of_batches_are_trained_on():
 
 
 def test_limit_takes_the_first_images_and_validate_the_last_ones(small_mnist):
-    data = common.load_data(limit=7, validate=240, device="cpu")
+    data = common.load_data(limit=7, validate=240, batch_size=3, device="cpu")
     full = common.load_data(device="cpu").train_loader
+    assert len(data.train_loader) == 3  # batches
     assert torch.equal(data.train_loader.inputs, full.inputs[:7])
     assert torch.equal(data.eval_loader.labels, full.labels[10:])
 
@@ -755,9 +750,11 @@ def test_an_import_changes_nothing_and_training_sets_gpu_and_memory():
         before = state()
         import cnn_mnist, common, rnn_mnist
         assert before == state()
-        common.create_model(cnn_mnist.CNN, 0, "auto")
+        for platform in ("linux", "darwin", "win32"):
+            sys.platform = platform
+            common.create_model(cnn_mnist.CNN, 0, "auto")
+        assert calls == [(-4, 0), (-1, -1)]  # on Linux only
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] and backends.cudnn.deterministic
-        assert (calls == [(-4, 0), (-1, -1)]) == (sys.platform == "linux")
     """
     subprocess.run([sys.executable, "-c", program], cwd=HERE, check=True)
 
