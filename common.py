@@ -205,7 +205,7 @@ class Epoch(NamedTuple):
 
 def check_results(evaluation, classes):
     """Raise FloatingPointError if the loss is infinite or NaN, ValueError as check_names() does."""
-    # If the training loss was not finite, the weights are NaN, and so is this loss.
+    # As a rule, a training loss that is not finite makes the weights NaN, and this loss, too.
     if not math.isfinite(evaluation.loss):
         raise FloatingPointError(
             "the loss is not finite; try a smaller learning rate, "
@@ -415,7 +415,8 @@ def draw_errors(model, data, file):
     """Draw up to 100 misclassified images of data.eval_loader as a PNG file, most confident first.
 
     The images are (H, W), (1, H, W) or (3, H, W); each one is rescaled, from its lowest value to
-    its highest one. Raises UserError as write_file does.
+    its highest one. The font has only ASCII letters: to draw other names, translate them in
+    data._replace(classes=...). Raises UserError as write_file does.
     """
     count, worst = 0, []  # worst: confidence, label, prediction and image of each mistake
     for images, labels in data.eval_loader:
@@ -612,7 +613,7 @@ def make_parser(description):
     add("--lr", type=float, help="default: 0.001; with --one-cycle 0.01 (CNN) or 0.005 (LSTM)")
     add("--one-cycle", action="store_true", help="raise the learning rate to --lr, then lower it")
     add("--augment", action="store_true", help="rotate, scale and shift training images at random")
-    add("--seed", type=int, default=0, help="same seed and machine: same weights (default: 0)")
+    add("--seed", type=int, default=0, help="default: 0; same seed, machine, threads: same weights")
     add("--device", type=working_device, default="auto", help="cpu, cuda, cuda:1, mps, ... or auto")
 
     add = parser.add_argument_group("data").add_argument
@@ -629,8 +630,8 @@ def make_parser(description):
     add = parser.add_argument_group("results").add_argument
     add("--log", type=output_file, help="CSV file for the results of each epoch")
     add("--save", type=output_file, help="file for the weights, written after each epoch")
-    add("--load", help="file that --save wrote; start from its weights")
-    add("--predict", nargs="+", metavar="IMAGE", help="with --load: classify digits in pictures")
+    add("--load", help="start from weights that --save wrote; to train on, change --seed")
+    add("--predict", nargs="+", metavar="IMAGE", help="with --load: only classify pictures")
     add("--errors", type=output_file, help="PNG file: draw misclassified images")
     return parser
 
