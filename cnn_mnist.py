@@ -49,9 +49,9 @@ def train(
     network: a class or function that creates it. data: a Data. lr: the learning rate, 0.001 by
     default; with one_cycle its peak, 0.01 by default. augment: distort the training images, which
     have to be square. after_epoch: a function that is called with the network and the Epochs so
-    far; if it returns True, the training ends. The same call gives the same weights, on the same
-    machine and with as many threads. Raises TypeError if network is a Module, FloatingPointError if
-    the loss is not finite, and ValueError if there are not as many names of classes as outputs.
+    far; if it returns True, the training ends. The same call gives the same weights, if machine and
+    number of threads are the same. Raises TypeError if network is a Module, FloatingPointError if a
+    loss is not finite, and ValueError if there are not as many names of classes as outputs.
     """
     model, device = create_model(network, seed, data.device)
     steps = len(data.train_loader)
@@ -66,7 +66,7 @@ def train(
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps)
     history = []
     for epoch in range(1, epochs + 1):
-        # So the order, dropout and augment do not depend on random numbers that were drawn before.
+        # So the order of the samples, dropout and augment do not depend on what was drawn before.
         torch.manual_seed(1000 * seed + epoch)
         progress = f"Epoch [{epoch}/{epochs}]"
         start = time.perf_counter()
@@ -88,12 +88,12 @@ def train(
             count += len(labels)
             if step % 100 == 0 or step == steps:
                 print(f"{progress}, Step [{step}/{steps}], Loss: {loss:.4f}", flush=True)
-        train_loss = (loss_sum / count).item()
+        train_loss = (loss_sum / count).item()  # waits for a GPU, so that `seconds` is right
         seconds = time.perf_counter() - start
 
         model.eval()  # evaluation mode, for after_epoch and the caller
         evaluation = evaluate(model, data.eval_loader)
-        check_results(evaluation, data.classes)
+        check_results(train_loss, evaluation, data.classes)
         scores = format_scores(evaluation, data.split)
         print(f"{progress}, {scores}, Time: {seconds:.2f} s", flush=True)
         history.append(Epoch(epoch, train_loss, evaluation.loss, evaluation.accuracy, seconds))

@@ -57,7 +57,7 @@ class Data(NamedTuple):
     train_loader, eval_loader: Loaders, DataLoaders or lists of batches; each batch has inputs
     (N, ...) for the network and labels (N,), int64, from 0 to C - 1 for C classes. classes: their
     names, in the order of the network's outputs. split: "test" or "validation", depending on what
-    eval_loader contains. device: where to train, as find_device() takes it.
+    eval_loader contains. device: where to train; see find_device().
     """
 
     train_loader: object
@@ -203,10 +203,9 @@ class Epoch(NamedTuple):
     seconds: float  # to train, without the evaluation
 
 
-def check_results(evaluation, classes):
-    """Raise FloatingPointError if the loss is infinite or NaN, ValueError as check_names() does."""
-    # As a rule, a training loss that is not finite makes the weights NaN, and this loss, too.
-    if not math.isfinite(evaluation.loss):
+def check_results(train_loss, evaluation, classes):
+    """Raise FloatingPointError if a loss is infinite or NaN, ValueError as check_names() does."""
+    if not math.isfinite(train_loss + evaluation.loss):
         raise FloatingPointError(
             "the loss is not finite; try a smaller learning rate, "
             "or look for values in the data that are not finite"
@@ -228,15 +227,15 @@ def create_model(network, seed, device):
     """Set the random seed, create a network, print its size, and return it and its device.
 
     network: a class or function that returns a network; it is called after the seed is set, so that
-    the seed decides the initial weights. Raises TypeError if it is a Module. device: as
-    find_device() takes it. The settings of GPU and memory hold for the whole process.
+    the seed decides the initial weights. Raises TypeError if it is a Module. device: see
+    find_device(). The settings of GPU and memory hold for the whole process.
     """
     if isinstance(network, torch.nn.Module):
         raise TypeError(
             "pass CNN or lambda: RNN(64), not CNN(); lambda: model trains the same model further"
         )
     # With these two settings, an NVIDIA GPU, too, gives the CNN and the LSTM the same weights for
-    # the same seed. The second one gives the library for matrix products two buffers of 4,096 KiB;
+    # the same seed. The second one (for matrix products: two buffers of 4,096 KiB) is for the LSTM:
     # see https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     torch.backends.cudnn.deterministic = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
@@ -251,10 +250,10 @@ def create_model(network, seed, device):
     return model, device
 
 
-def random_affine(images, degrees=10, scale=0.1, shift=2):
-    """Apply a different random rotation, scaling and shift to each square image (N, C, S, S).
+def random_affine(images, shift, degrees=10, scale=0.1):
+    """Apply a different random shift, rotation and scaling to each square image (N, C, S, S).
 
-    degrees, scale (a fraction) and shift (in pixels of the input, along each axis) are the largest
+    shift (in pixels of the input, along each axis), degrees and scale (a fraction) are the largest
     changes, in both directions. What comes from outside of an image is 0.
     """
     count, _, _, size = images.shape
@@ -319,10 +318,10 @@ def draw_digits(count):
         pictures.append(pil_to_tensor(picture).float())
     digits = torch.stack(pictures)  # (10, 1, 28, 28)
     labels = torch.randint(10, (count,))
-    # A strong distortion (30 degrees, 40%, 4 pixels) makes these digits about as hard to learn as
+    # A strong distortion (4 pixels, 30 degrees, 40%) makes these digits about as hard to learn as
     # MNIST. 500 images at a time fit in the CPU's cache, which is faster.
     # part: 500 labels; digits[part]: the picture of each, (500, 1, 28, 28).
-    parts = [random_affine(digits[part], 30, 0.4, 4) for part in labels.split(500)]
+    parts = [random_affine(digits[part], 4, 30, 0.4) for part in labels.split(500)]
     return torch.cat(parts).round().byte().squeeze(1), labels
 
 
@@ -463,7 +462,7 @@ def find_ink(grey):
         grey = 255 - grey
     # Estimate the paper by the lightest pixel in each cell of a 10x10 grid. In larger cells, shadow
     # would count as ink. A thick stroke that fills a cell would count as paper; therefore, the
-    # estimate is at least half of the lightest pixel of the picture. Ink is darker than paper.
+    # estimate is at least half of the lightest pixel of the picture.
     paper = F.adaptive_max_pool2d(grey, 10).clamp(min=grey.max() / 2)  # (1, 10, 10)
     paper = F.avg_pool2d(paper, 3, stride=1, padding=1, count_include_pad=False)  # smooth
     ink = F.interpolate(paper[None], (height, width), mode="bilinear")[0] - grey
@@ -613,7 +612,7 @@ def make_parser(description):
     add("--lr", type=float, help="default: 0.001; with --one-cycle 0.01 (CNN) or 0.005 (LSTM)")
     add("--one-cycle", action="store_true", help="raise the learning rate to --lr, then lower it")
     add("--augment", action="store_true", help="rotate, scale and shift training images at random")
-    add("--seed", type=int, default=0, help="default: 0; same seed, machine, threads: same weights")
+    add("--seed", type=int, default=0, help="default: %(default)s; decides all random numbers")
     add("--device", type=working_device, default="auto", help="cpu, cuda, cuda:1, mps, ... or auto")
 
     add = parser.add_argument_group("data").add_argument
@@ -684,10 +683,8 @@ def run_command(args, network, train):
         seed=args.seed,
         after_epoch=after_epoch,
     )
-    if history:
-        print("Training finished.")
     evaluation = evaluate(model, data.eval_loader)
-    print(format_scores(evaluation, data.split))
+    print("Training finished." if history else format_scores(evaluation, data.split))
     print_tables(evaluation.confusion, data.classes)
     if args.errors:
         draw_errors(model, data, args.errors)
