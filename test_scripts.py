@@ -182,14 +182,7 @@ def test_bug_classifier_input_size():
     assert torch.equal(cnn(images.squeeze(1)), cnn(images.flatten(1)))  # as people have them
 
 
-def test_bug_batch_treated_as_time(network, device):
-    """If the images of a batch are time steps, an output depends on the images before it."""
-    model, images = network().to(device), torch.rand(5, 1, 28, 28, device=device)
-    one_by_one = torch.cat([model(image[None]) for image in images])
-    assert torch.allclose(model(images), one_by_one, atol=1e-3)  # a GPU may round to TF32
-
-
-def test_bug_last_image_instead_of_last_time_step():
+def test_bug_lstm_without_batch_first():
     """The output comes from the last layer's state after the last row of each image."""
     model, images = RNN(), torch.rand(3, 1, 28, 28)
     _, (hidden, _) = model.lstm(images.squeeze(1))  # (2, 3, 128)
@@ -244,13 +237,6 @@ def test_both_scripts_have_the_same_loop_but_for_two_numbers():
         cnn.replace("0.01", "0.005").replace("shift=1)", "shift=2)").replace("1 pixel", "2 pixels")
     )
     assert cnn == rnn
-
-
-def test_main_is_read_from_top_to_bottom(script):
-    source = inspect.getsource(script.main)
-    steps = ["parse_args(", "start_network(", "predict_pictures(", "read_data(", "train("]
-    places = [source.index(step) for step in [*steps, "evaluate(model, data.test_loader)"]]
-    assert places == sorted(places)
 
 
 def test_smoke_one_batch(script, network, device):
@@ -375,13 +361,10 @@ def test_one_cycle_peaks_after_30_percent_of_the_steps(lr, peak):
 
 
 def test_augment_moves_each_training_image_and_no_other():
-    data = digits()
-    seen = train(Own, data, epochs=1, augment=True)[0].seen[3:]
-    torch.manual_seed(1)
-    batches = [*data.train_loader, *data.val_loader]
-    for (images, _), (training, inputs) in zip(batches, seen, strict=True):
-        moved = (images != inputs).flatten(1).any(dim=1)
-        assert moved.all() if training else not moved.any()
+    plain, moved = (train(Own, digits(), epochs=1, augment=on)[0].seen for on in (False, True))
+    for (training, images), (_, others) in zip(plain, moved, strict=True):
+        differs = (images != others).flatten(1).any(dim=1)
+        assert differs.all() if training else not differs.any()
 
 
 def test_random_affine_works_in_pixels(device):
@@ -402,8 +385,7 @@ def test_random_affine_works_in_pixels(device):
     assert shift.abs().amax(dim=0).tolist() == approx([2, 2], abs=0.01)
     assert shift.diff().max() > 3  # not only along the diagonal
     assert moved.aminmax() == approx((1, 20), abs=0.001)  # What is outside repeats the border.
-    grey = torch.ones(3, 8, 8)  # without a channel
-    assert torch.allclose(common.random_affine(grey, shift=2), grey)
+    assert common.random_affine(torch.ones(3, 8, 8), shift=2).shape == (3, 8, 8)  # no channel
     with raises(ValueError, match="square images, not 14x28"):
         common.random_affine(torch.ones(2, 1, 14, 28), shift=2)
 
@@ -465,6 +447,8 @@ def transformer(**options):
 LIKE_SOFTMAX = "Warning: the outputs look like those of softmax or ReLU, not like logits.\n"
 DEPENDS = "Warning: a sample's output depends on the others. Is batch_first=True missing?\n"
 CHECKED = {
+    "CNN": (CNN, ""),
+    "RNN": (RNN, ""),
     "softmax": (chain(nn.Softmax(1)), LIKE_SOFTMAX),
     "ReLU": (chain(nn.ReLU()), LIKE_SOFTMAX),
     "LSTM": (lambda: Sequence(nn.LSTM(28, 28)), DEPENDS),
@@ -491,9 +475,8 @@ def test_the_bugs_of_the_tutorial_are_seen_in_any_network_and_no_others(name, de
         assert printed == warning
 
 
-@parametrize("count", [1, 130])
-def test_two_classes_raise_no_false_alarm(count, capsys):
-    pair = [part[:count] for part in (VAL[0], VAL[1] % 2)]
+def test_two_classes_and_a_single_sample_raise_no_false_alarm(capsys):
+    pair = VAL[0][:1], VAL[1][:1] % 2
     for seed in range(20):
         train(chain(nn.Linear(10, 2)), make_data(pair, pair, "ab"), epochs=0, seed=seed)
     assert "Warning" not in capsys.readouterr().out
@@ -530,16 +513,15 @@ def test_a_former_split_is_refused():
 
 
 @parametrize(
-    ("inputs", "shape"),
+    ("inputs", "labels", "shape"),
     [
-        (np.ones((2, 5)), (2, 5)),
-        (np.ones((2, 8, 8), np.int32), (2, 8, 8)),
-        (np.full((2, 8, 8), 255, np.uint8), (2, 1, 8, 8)),
-        (np.full((2, 3, 8, 8), 255, np.uint8), (2, 3, 8, 8)),
+        (np.ones((2, 5)), np.array([1.0, 0]), (2, 5)),
+        (np.ones((2, 8, 8), np.int32), np.array([1, 0], np.uint16), (2, 8, 8)),
+        (np.full((2, 8, 8), 255, np.uint8), [True, False], (2, 1, 8, 8)),
+        (np.full((2, 3, 8, 8), 255, np.uint8), [1, 0], (2, 3, 8, 8)),
     ],
 )
-@parametrize("labels", [np.array([1.0, 0]), np.array([1, 0], np.uint16), [True, False]])
-def test_make_data_takes_what_people_have(inputs, shape, labels, device):
+def test_make_data_takes_what_people_have(inputs, labels, shape, device):
     pair = inputs, labels
     data = make_data(pair, pair, "ab", test_pair=pair, device=device)
     for loader in (data.train_loader, data.val_loader, data.test_loader):
@@ -726,7 +708,7 @@ def test_errors_in_colour_most_confident_first_with_names_that_fit(device):
     assert torch.equal(sheet[:, 90:140, :120], pil_to_tensor(expected))
 
 
-@parametrize(("count", "height"), [(0, 140), (10, 140), (11, 280)])
+@parametrize(("count", "height"), [(0, 140), (11, 280)])
 def test_the_sheet_is_as_high_as_its_mistakes_need(count, height, capsys):
     images = torch.eye(2)[[1] * count + [0]].view(-1, 1, 1, 2)  # the logits
     common.draw_errors(nn.Flatten(), [(images, torch.zeros(count + 1).int())], "ab", "e.png")
