@@ -16,7 +16,8 @@ import common  # common.py in this folder, not PyPI's package of that name
 from common import Epoch, check_losses, check_network, create_model, evaluate, random_affine
 
 # rnn_mnist.py contains the same function train(), on purpose, so that you can read either file.
-# Only two numbers differ: the peak of the learning rate, and the shift of augment.
+# Only the peak of the learning rate and the shift of augment differ; they were chosen on held-out
+# training images.
 
 
 class CNN(nn.Module):
@@ -28,19 +29,20 @@ class CNN(nn.Module):
     def __init__(self, num_classes=10):
         super().__init__()
         # A convolution has one filter for each output channel. At each pixel, a filter computes a
-        # bias plus a weighted sum of the 3x3 pixels around it, in all input channels; its weights
-        # are the same everywhere in the image. With padding 1 (a border of zeros), the output is as
-        # large as the input. The numbers of channels, 16 and 32, are those of the tutorial.
+        # bias plus a weighted sum of the 3x3 pixels that are centred there, in all input channels;
+        # its weights are the same everywhere in the image. With padding 1 (a border of zeros),
+        # height and width stay the same. The tutorial has 16 and 32 channels, too.
         self.conv1 = nn.Conv2d(1, 16, kernel_size=3, padding=1)  # 16 * (1 * 9 weights + 1 bias)
         self.conv2 = nn.Conv2d(16, 32, kernel_size=3, padding=1)  # 32 * (16 * 9 + 1)
         self.fc = nn.Linear(32 * 7 * 7, num_classes)  # 10 * (1568 + 1); sum: 20,490
 
     def forward(self, x):
         x = x.reshape(len(x), 1, 28, 28)
-        if x.device.type == "cpu":  # only for speed: another order of the values in memory
+        if x.device.type == "cpu":
+            # only for speed: in memory, all channels of a pixel will be side by side
             x = x.to(memory_format=torch.channels_last)
         # The tutorial applies ReLU before max pooling. The result is the same, because ReLU never
-        # makes the larger of two values the smaller one; here, it has only 1/4 of the values.
+        # makes the larger of two values the smaller one; after pooling, only 1/4 of them are left.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))  # (N, 16, 14, 14)
         x = F.relu(F.max_pool2d(self.conv2(x), 2))  # (N, 32, 7, 7)
         return self.fc(x.flatten(start_dim=1))  # (N, num_classes)
@@ -66,16 +68,16 @@ def train(
     optimizer: a function of parameters and lr that creates the optimizer, such as torch.optim.SGD;
     Adam by default. criterion: a function of logits and labels that returns the mean loss, or an
     object, with brackets, such as nn.CrossEntropyLoss(label_smoothing=0.1). augment: distort the
-    training images, which have to be square. after_epoch: a function that is called with the
-    network and the Epochs so far; if it returns a true value, the training ends.
+    training images; see random_affine(). after_epoch: a function that is called with the network
+    and the Epochs so far; if it returns a true value, the training ends.
 
     The same call gives the same weights, with the same machine, number of threads and version of
     PyTorch. Exceptions: a DataLoader with its own generator or persistent workers, and, on a GPU,
-    operations that are not repeatable, such as adaptive pooling. To train a network further, pass
-    lambda: copy.deepcopy(model), and another seed; the optimizer starts anew.
+    operations that are not repeatable, such as adaptive pooling. To train a copy of a network
+    further, pass lambda: copy.deepcopy(model), and another seed, for another order of the batches.
 
-    Raises TypeError if network is an object, FloatingPointError if a loss is not finite, ValueError
-    if an optimizer has no lr, and what check_network() raises if network and data do not fit.
+    Raises TypeError if network is an nn.Module, ValueError if an optimizer has no lr,
+    FloatingPointError if a loss is not finite, and what check_network() and random_affine() raise.
     """
     if optimizer and lr is None:
         raise ValueError("pass a learning rate for this optimizer: lr=...")
@@ -94,17 +96,17 @@ def train(
         # first steps do no harm; then it falls to almost 0, so that the weights settle. Adam's
         # beta1, the fraction of its former direction that a step keeps (in SGD: the momentum),
         # falls from 0.95 to 0.85 and rises again. See Smith and Topin, "Super-convergence" (2018).
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
     history = []
     for epoch in range(1, epochs + 1):
-        # Each epoch has its own seed, so that random numbers that after_epoch draws do not change
-        # the next epoch. 1000: with fewer epochs than that, no two seeds have one in common.
+        # Each epoch has its own seed, so that random numbers which after_epoch draws do not change
+        # the next epoch. Up to 1000 epochs, different values of `seed` share none of these seeds.
         torch.manual_seed(1000 * seed + epoch)
         start = time.perf_counter()
         loss_sum, count = 0, 0
-        model.train()  # training mode, for networks with dropout or BatchNorm (this one has none)
+        model.train()  # training mode, for dropout and BatchNorm (CNN and RNN have neither)
         for step, (images, labels) in enumerate(data.train_loader, start=1):
-            # Loaders are on the device already; the batches of a DataLoader are not.
+            # A common.Loader is on this device already; torch's DataLoader is on the CPU.
             images, labels = images.to(data.device), labels.to(data.device)
             if augment:
                 images = random_affine(images, shift=1)  # by at most 1 pixel
@@ -115,8 +117,8 @@ def train(
             optimizer.step()  # changes the weights
             if one_cycle:
                 scheduler.step()
-            # detach() drops what backward() needed. loss.item() would do so, too, but wait for the
-            # GPU in each step; printing waits only every 100 steps.
+            # Without detach(), loss_sum would keep the recorded operations of all steps. With
+            # loss.item() instead, each step would wait for the GPU, not only those that print.
             loss_sum += loss.detach() * len(labels)
             count += len(labels)
             if step % 100 == 0 or step == steps:
@@ -164,7 +166,8 @@ def main(argv=()):
         seed=args.seed,
         after_epoch=common.make_saver(args),
     )
-    evaluation = evaluate(model, data.test_loader)  # once, at the end
+    # at the end, once: choose options by the validation, not by these results
+    evaluation = evaluate(model, data.test_loader)
     common.report(evaluation, model, data, args)
     return model, evaluation
 

@@ -81,8 +81,8 @@ class Data:
 def create_model(network, seed):
     """Set the random seed, then create the network, so that the seed decides its initial weights.
 
-    network: a class or function that returns a network. Raises TypeError if it is an object. The
-    settings hold for the whole process.
+    network: a class or function that returns a network. Raises TypeError if it is an nn.Module.
+    What is set for repeatable results and for speed holds for the whole process.
     """
     if isinstance(network, torch.nn.Module):
         raise TypeError("pass a class or a function that creates a network: CNN, not CNN()")
@@ -92,8 +92,8 @@ def create_model(network, seed):
     torch.backends.cudnn.deterministic = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
     # For speed, on a CPU with Linux: without this line, the C library returns freed memory to the
-    # system, and gets it back in the next step. Once a block of 31 MiB has been freed, it keeps
-    # blocks of up to this size: see M_MMAP_THRESHOLD in `man mallopt`.
+    # system, and gets it back in the next step. This block of 31 MiB is freed at once; after that,
+    # the C library keeps freed blocks of up to this size: see M_MMAP_THRESHOLD in `man mallopt`.
     torch.empty(31 * 2**20, dtype=torch.uint8)
     torch.manual_seed(seed)
     return network().eval()  # evaluation mode, until the training starts
@@ -103,8 +103,8 @@ def create_model(network, seed):
 def predict(model, inputs):
     """Return the model's logits (N, C) for a batch of inputs (N, ...), which may be on any device.
 
-    They have to be scaled as for training, such as images to [0, 1]. The network computes in
-    evaluation mode. Then, if it was in training mode, all its parts are set to training mode.
+    Scale the inputs as for training, such as images to [0, 1]. The network computes in evaluation
+    mode. Then, if it was in training mode, all its parts are set to training mode.
     """
     device = next(model.parameters(), inputs).device  # where the first weights of the model are
     training = model.training
@@ -199,7 +199,7 @@ def make_data(train_pair, val_pair, classes, *, test_pair=None, batch_size=100, 
     device = find_device(device)
     # The stars pass inputs and labels as two arguments.
     train_loader = make_loader(*train_pair, classes, device, batch_size, shuffle=True)
-    batch_size = max(batch_size, 100)  # Without gradients, larger batches take less time.
+    batch_size = max(batch_size, 100)  # Small batches are slow, and only training needs them.
     val_loader = make_loader(*val_pair, classes, device, batch_size)
     test_loader = make_loader(*test_pair, classes, device, batch_size) if test_pair else None
     return Data(train_loader, val_loader, classes, test_loader=test_loader, device=device)
@@ -210,7 +210,7 @@ def check_network(model, data):
 
     Raises ValueError if there is only one class, if a loader has no batch of tensors, if labels are
     not as check_labels() says, or if the network does not return (N, C) for N inputs and C classes.
-    Prints a warning if the network looks as if it had one of two bugs of the tutorial.
+    Prints a warning if the outputs look like those of softmax or ReLU, or depend on other samples.
     """
     if len(data.classes) < 2:
         raise ValueError(f"a network needs two classes or more to learn, not {data.classes}")
@@ -233,8 +233,8 @@ def check_network(model, data):
     (low, high), sums = logits.aminmax(), logits.sum(dim=1)
     if 0 <= low < high and (low == 0 or (sums - 1).abs().max() < 0.001):
         print("Warning: the outputs look like those of softmax or ReLU, not like logits.")
-    # A batch in which each sample is the last one has to give the last one's logits, for the first
-    # sample, too. If a second prediction differs, the network draws random numbers: no warning.
+    # In a batch of copies of the last sample, the first copy has to get the logits of this sample.
+    # If a second prediction differs, the network draws random numbers: no warning.
     first, again = predict(model, inputs[[-1] * len(inputs)])[0], predict(model, inputs)[-1]
     if again.equal(logits[-1]) and (first - again).abs().max() > 0.001 * logits.abs().max():
         print("Warning: a sample's output depends on the others. Is batch_first=True missing?")
@@ -302,7 +302,8 @@ def random_affine(images, shift, degrees=10, scale=0.1):
     # signs of angle, dx and dy do not matter: positive and negative ones are equally probable.)
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     theta = torch.stack([cos, -sin, dx * reach, sin, cos, dy * reach], dim=1).view(-1, 2, 3)
-    # align_corners=False: -1 and 1 are the outer edges of the image, not the middle of its pixels.
+    # align_corners=False: -1 and 1 are the edges of the image, not the middles of its first and
+    # last pixels.
     grid = F.affine_grid(theta, pixels.shape, align_corners=False)  # (N, S, S, 2)
     moved = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)  # interpolated
     return moved.view(images.shape)
@@ -412,7 +413,7 @@ def write_file(file, content):
 
 
 def save_weights(model, file):
-    """Save the model's state dict: its weights by name. Raises UserError as write_file does."""
+    """Save the model's state dict, its weights and buffers; raise UserError as write_file does."""
     # Save CPU tensors, so that a plain torch.load works on a machine without a GPU, too.
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     content = io.BytesIO()
@@ -526,16 +527,16 @@ def mnist_form(grey):
     """Convert a picture of a digit, grey levels (1, H, W) in [0, 255], to MNIST's (1, 28, 28).
 
     The digit may be dark on light or the reverse, of any size, anywhere. As in MNIST, it is scaled,
-    and its centre of mass is moved to the middle of pixel (14, 14), where MNIST's training images
-    have it on average; see LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to
-    document recognition" (1998). Raises ValueError if there is hardly any contrast.
+    and the mean position of its strokes is moved to the middle of pixel (14, 14), near which it is
+    in MNIST's training images; see LeCun, Bottou, Bengio and Haffner, "Gradient-based learning
+    applied to document recognition" (1998). Raises ValueError if there is hardly any contrast.
     """
     sides = [math.ceil(side * 256 / max(grey.shape)) for side in grey.shape[1:]]
     ink = drop_border(find_ink(resize(grey, sides)))
     drawn = (ink[0] > 0.25).nonzero()  # (pixels, 2): the strokes, without their blurred edge
     longer = 1 + (drawn.amax(dim=0) - drawn.amin(dim=0)).max().item()
-    # MNIST's digits have thick strokes, and 20 of 28 pixels on their longer side. Most people's
-    # strokes are thinner. With 20 pixels, such a digit would be too large: use 19.
+    # MNIST's digits have 20 of 28 pixels on their longer side, which include half a thick stroke at
+    # each end. Most people's strokes are thinner. So that their middles are where MNIST's are, 19.
     side = round(longer * 28 / 19)
     centre = drawn.float().mean(dim=0) + 0.5  # because the middle of pixel i is at i + 0.5
     top, left = (centre - side * 14.5 / 28).round().int().tolist()
@@ -642,7 +643,7 @@ def make_parser(description):
         "--seed",
         type=number(0, 10**15),
         default=0,
-        help="default: %(default)s; decides all random numbers but those of the data",
+        help="default: %(default)s; decides all random numbers but the split and synthetic digits",
     )
     add("--device", type=working_device, default="auto", help="cpu, cuda, cuda:1, mps, ... or auto")
 
@@ -660,7 +661,7 @@ def make_parser(description):
     add = parser.add_argument_group("results").add_argument
     add("--log", type=output_file, help="CSV file for the results of each epoch")
     add("--save", type=output_file, help="file for the weights, written after each epoch")
-    add("--load", help="start from weights that --save wrote; to train on, change --seed")
+    add("--load", help="start from weights that --save wrote; to train further, change --seed")
     add("--predict", nargs="+", metavar="IMAGE", help="with --load: only classify pictures")
     add("--errors", type=output_file, help="PNG file: draw misclassified test images")
     return parser
@@ -684,7 +685,7 @@ def parse_args(parser, argv):
 
 
 def start_network(network, args):
-    """Return a function that creates the network; with --load, one that has the saved weights."""
+    """Return a function that creates the network; with --load, the network has saved weights."""
     if not args.load:
         return network
     model = load_weights(network(), args.load).to(args.device)
