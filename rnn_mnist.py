@@ -3,7 +3,7 @@
 python rnn_mnist.py --hidden 128
 python rnn_mnist.py --one-cycle --augment --save rnn.pt
 
-The first command reaches a test accuracy of about 98.7%, the second one 99.4%.
+The first command reaches a test accuracy of about 98.6%, the second one 99.4%.
 """
 
 import time
