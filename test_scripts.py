@@ -594,11 +594,13 @@ def test_limit_and_validate_that_leave_no_images_are_refused(options, small_mnis
 
 
 @parametrize("name", ["fashion-mnist", "kmnist"])
-def test_each_dataset_has_its_folder_and_classes(name, small_mnist):
+def test_each_dataset_has_its_folder_and_classes(name, small_mnist, monkeypatch):
+    """By default, on the CPU if there is no accelerator."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     dataset = common.DATASETS[name]
     assert dataset.__name__.lower() == name.replace("-", "")
     Path("data/MNIST").rename(f"data/{dataset.__name__}")
-    assert common.load_data(name, validate=50, device="cpu").classes == dataset.classes
+    assert common.load_data(name, validate=50).classes == dataset.classes
 
 
 def test_synthetic_digits_do_not_leak_and_are_the_same_in_each_run():
