@@ -115,7 +115,12 @@ def predict(model, inputs):
 
 
 class Evaluation(NamedTuple):
-    """The result of evaluate(), for N samples and C classes. Its tensors are on the CPU."""
+    """The result of evaluate(), for N samples and C classes. Its tensors are on the CPU.
+
+    The area under the ROC curve (AUC), after `import sklearn.metrics`:
+    sklearn.metrics.roc_auc_score(labels.numpy(), logits.softmax(1).numpy(), multi_class="ovr");
+    if there are only two classes, take logits.softmax(1)[:, 1].numpy(), and no multi_class.
+    """
 
     loss: float  # of the criterion, for all samples at once
     accuracy: float  # in [0, 1]
