@@ -63,7 +63,7 @@ def train(
 ):
     """Train a network, and validate it after each epoch; return the network and a list of Epochs.
 
-    network: a class or function that creates the network. data: a Data; its test_loader is not
+    network: a class or function that creates a new network. data: a Data; its test_loader is not
     used. lr: the learning rate, 0.001 by default; with one_cycle its peak, 0.01 by default.
     optimizer: a function of parameters and lr that creates the optimizer, such as torch.optim.SGD;
     Adam by default. criterion: a function of logits and labels that returns the mean loss, or an
@@ -76,8 +76,8 @@ def train(
     operations that are not repeatable, such as adaptive pooling. To train a copy of a network
     further, pass lambda: copy.deepcopy(model), and another seed, for another order of the batches.
 
-    Raises TypeError if network is an nn.Module, ValueError if an optimizer has no lr,
-    FloatingPointError if a loss is not finite, and what check_network() and random_affine() raise.
+    Raises ValueError if an optimizer has no lr, FloatingPointError if a loss is not finite, and
+    what create_model(), check_network() and random_affine() raise.
     """
     if optimizer and lr is None:
         raise ValueError("pass a learning rate for this optimizer: lr=...")

@@ -6,6 +6,7 @@ To understand the training, read the first section, "core". Look up the others w
 """
 
 import argparse
+import copy
 import io
 import math
 import os
@@ -81,11 +82,12 @@ class Data:
 def create_model(network, seed):
     """Set the random seed, then create the network, so that the seed decides its initial weights.
 
-    network: a class or function that returns a network. Raises TypeError if it is an nn.Module.
-    What is set for repeatable results and for speed holds for the whole process.
+    network: a class or function that returns a network, a new one at each call. Raises TypeError if
+    it is an nn.Module, or returns the same one again, which may be trained already. What is set for
+    repeatable results and for speed holds for the whole process.
     """
-    if isinstance(network, torch.nn.Module):
-        raise TypeError("pass a class or a function that creates a network: CNN, not CNN()")
+    if isinstance(network, torch.nn.Module) or network() is network():
+        raise TypeError("pass a class or a function that creates a new network: CNN, not CNN()")
     # For repeatable results: without these two settings, an NVIDIA GPU may give other weights for
     # the same seed. The second one is for the LSTM (its value: two buffers of 4,096 KiB); see
     # https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
@@ -694,7 +696,7 @@ def start_network(network, args):
     if not args.load:
         return network
     model = load_weights(network(), args.load).to(args.device)
-    return lambda: model
+    return lambda: copy.deepcopy(model)
 
 
 def read_data(args):

@@ -6,6 +6,7 @@ is not there.
 
 import argparse
 import contextlib
+import copy
 import inspect
 import os
 import re
@@ -310,9 +311,12 @@ def test_the_command_line_and_train_give_the_same_weights(script, network, comma
     assert same_weights(command(script, "--epochs 1").model, plain)
 
 
-def test_an_object_is_refused():
-    with raises(TypeError, match="pass a class or a function .*: CNN, not CNN()"):
-        train(Own(), digits())
+def test_a_network_is_never_trained_twice():
+    model = Own()
+    for network in (model, lambda: model):
+        with raises(TypeError, match="creates a new network: CNN, not CNN()"):
+            train(network, digits())
+    train(lambda: copy.deepcopy(model), digits(), epochs=1)  # trains a copy further
 
 
 def test_an_optimizer_without_lr_is_refused_before_anything_is_created():
@@ -322,14 +326,14 @@ def test_an_optimizer_without_lr_is_refused_before_anything_is_created():
 
 def test_each_epoch_trains_validates_and_calls_after_epoch(capsys):
     """A true value ends the training, which is printed. The test images are not touched."""
-    model, data, calls = Own().train(), digits(), []
+    data, calls = digits(), []
     data.test_loader = map(pytest.fail, ["touched"])
 
     def after_epoch(model, history):
         calls.append((model.training, len(history)))
         return np.bool_(len(history) == 2)
 
-    _, history = train(lambda: model, data, epochs=5, after_epoch=after_epoch)
+    model, history = train(Own, data, epochs=5, after_epoch=after_epoch)
     modes = [(training, len(inputs)) for training, inputs in model.seen]
     epoch = [(True, 100), (True, 100), (True, 50), (False, 100), (False, 30)]
     assert modes == [(False, 100)] * 3 + epoch * 2  # first, the check of the network
@@ -341,9 +345,10 @@ def test_each_epoch_trains_validates_and_calls_after_epoch(capsys):
 
 
 def test_seconds_are_those_of_the_training_steps(monkeypatch):
-    model = Own()
-    monkeypatch.setattr(time, "perf_counter", lambda: len(model.seen))  # A batch takes a second.
-    _, history = train(lambda: model, digits(), epochs=2)
+    seen = []  # A batch takes a second.
+    monkeypatch.setattr(Own, "__call__", lambda *args: seen.append(1) or nn.Module.__call__(*args))
+    monkeypatch.setattr(time, "perf_counter", lambda: len(seen))
+    _, history = train(Own, digits(), epochs=2)
     assert [row.seconds for row in history] == [3, 3]  # without the evaluation
 
 
