@@ -236,7 +236,8 @@ def check_network(model, data):
         )
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"Device: {logits.device}, Model: {type(model).__name__} ({count:,} parameters)")
-    # Softmax: each sample's outputs are positive, and their sum is 1. ReLU: the lowest output is 0.
+    # No output is negative after softmax, whose sum is 1 for each sample, and after ReLU, whose
+    # lowest output is 0.
     (low, high), sums = logits.aminmax(), logits.sum(dim=1)
     if 0 <= low < high and (low == 0 or (sums - 1).abs().max() < 0.001):
         print("Warning: the outputs look like those of softmax or ReLU, not like logits.")
