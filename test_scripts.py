@@ -8,14 +8,17 @@ import argparse
 import contextlib
 import copy
 import inspect
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE
 
@@ -23,15 +26,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 from pytest import approx, raises
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import datasets
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor
 
 import cnn_mnist
 import common
@@ -56,6 +59,7 @@ os.environ.update(OMP_NUM_THREADS="1", PYTHONUNBUFFERED="")
 # Images and labels of synthetic digits, for three training steps and two batches of evaluation.
 torch.manual_seed(1)
 TRAIN, VAL = common.draw_digits(250), common.draw_digits(130)
+VAL_INPUTS = VAL[0][:, None] / 255  # (130, 1, 28, 28)
 
 
 # ---- helpers ----
@@ -89,10 +93,10 @@ def digits(device="cpu", batch_size=100):
 class Own(nn.Module):
     """A network with BatchNorm and dropout; `seen` gathers its mode and inputs at each call."""
 
-    def __init__(self, inputs=784, outputs=10):
+    def __init__(self, inputs=784, outputs=10, seen=None):
         super().__init__()
         self.norm, self.fc = nn.BatchNorm1d(inputs), nn.Linear(inputs, outputs)
-        self.seen = []
+        self.seen = [] if seen is None else seen
 
     def forward(self, x):
         self.seen.append((self.training, x))
@@ -100,9 +104,9 @@ class Own(nn.Module):
 
 
 def write_idx(file, values):
-    """Write uint8 values in MNIST's format: 0, 0, type 8, number of dimensions, sizes, values."""
-    sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
-    file.write_bytes(bytes([0, 0, 8, values.dim()]) + sizes + values.numpy().tobytes())
+    """Write uint8 values in MNIST's format: 2048 + number of dimensions, sizes, values."""
+    header = np.array([2048 + values.dim(), *values.shape], ">i4")  # big-endian
+    file.write_bytes(header.tobytes() + values.numpy().tobytes())
 
 
 @pytest.fixture
@@ -114,23 +118,23 @@ def small_mnist(empty_folder):
         write_idx(RAW / f"{split}-labels-idx1-ubyte", labels.byte())
 
 
-Run = namedtuple("Run", "status output errors model evaluation", defaults=(None, None))
+Run = namedtuple("Run", "status model evaluation output errors")
 
 
 @pytest.fixture
 def command(small_mnist, capsys):
-    """A function that runs a script's command line; the last one of repeated options counts."""
+    """A function that runs a script's command line; the last one of repeated options counts.
+
+    If the status is a text, Python prints it, and exits with status 1.
+    """
 
     def command(script, options=""):
         argv = ["--device", "cpu", "--validate", "50", *options.split()]
         try:
-            found = common.run(lambda _: script.main(argv))
+            result = 0, *common.run(lambda _: script.main(argv))
         except SystemExit as ended:
-            output, errors = capsys.readouterr()
-            if isinstance(ended.code, str):  # Python prints it, and exits with status 1.
-                return Run(1, output, ended.code)
-            return Run(ended.code, output, errors)
-        return Run(0, *capsys.readouterr(), *found)
+            result = ended.code, None, None
+        return Run(*result, *capsys.readouterr())
 
     return command
 
@@ -145,7 +149,7 @@ def file(empty_folder):
 
 def start(script, options):
     """Start a script in a subprocess, which is killed after five minutes."""
-    command = [sys.executable, script.__file__, "--device", "cpu", "--validate", "50"]
+    command = [sys.executable, script.__file__, "--device", "cpu", "--validate", "49"]
     process = subprocess.Popen([*command, *options.split()], text=True, stdout=PIPE, stderr=PIPE)
     timer = threading.Timer(300, process.kill)
     timer.daemon = True
@@ -153,14 +157,9 @@ def start(script, options):
     return process
 
 
-def same_weights(model, other):
-    """Whether all weights and buffers are the same, bit for bit."""
-    return all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
-
-
-def assert_one_line(run, start, end=""):
-    assert run.status == 1
-    assert re.fullmatch(f"error: {re.escape(start)}.*{re.escape(end)}", run.errors)
+def assert_same_weights(model, other):
+    """All weights and buffers are the same, bit for bit."""
+    assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 # ---- the bugs of the tutorial, in the order of the README ----
@@ -178,26 +177,27 @@ def test_bug_classifier_input_size():
     cnn, images = CNN(num_classes=3), torch.rand(2, 1, 28, 28)
     x = F.max_pool2d(cnn.conv1(images).relu(), 2)
     x = F.max_pool2d(cnn.conv2(x).relu(), 2)
-    assert torch.allclose(cnn(images), cnn.fc(x.flatten(1)), atol=1e-5)
     assert cnn.fc.weight.shape == (3, 32 * 7 * 7)
-    assert torch.equal(cnn(images.squeeze(1)), cnn(images.flatten(1)))  # as people have them
+    assert_close(cnn(images.flatten(1)), cnn.fc(x.flatten(1)))
 
 
 def test_bug_lstm_without_batch_first():
     """The output comes from the last layer's state after the last row of each image."""
     model, images = RNN(), torch.rand(3, 1, 28, 28)
     _, (hidden, _) = model.lstm(images.squeeze(1))  # (2, 3, 128)
-    assert torch.allclose(model(images), model.fc(hidden[-1]), atol=1e-6)
+    assert_close(model(images), model.fc(hidden[-1]))
     assert RNN(8, 1, 5, 4)(torch.rand(3, 40, 5)).shape == (3, 4)  # sequences of another size
 
 
-OUTPUT = r"""Data: mnist \(200 training, 50 validation, 130 test images\)
-Inputs \(training\): \(100, 1, 28, 28\) from 0 to 1
-Inputs \(validation\): \(50, 1, 28, 28\) from 0 to 1
+OUTPUT = r"""Data: mnist \(201 training, 49 validation, 130 test images\)
+Inputs \(training\): \(2, 1, 28, 28\) from 0 to 1
+Inputs \(validation\): \(49, 1, 28, 28\) from 0 to 1
 Device: cpu, Model: (CNN \(20,490|RNN \(214,282) parameters\)
-Epoch \[1/2\], Step \[2/2\], Loss: #
+Epoch \[1/2\], Step \[100/101\], Loss: #
+Epoch \[1/2\], Step \[101/101\], Loss: #
 Epoch \[1/2\], Training loss: #, Validation loss: #, Validation accuracy: %, Time: \d+\.\d\d s
-Epoch \[2/2\], Step \[2/2\], Loss: #
+Epoch \[2/2\], Step \[100/101\], Loss: #
+Epoch \[2/2\], Step \[101/101\], Loss: #
 Epoch \[2/2\], Training loss: #, Validation loss: #, Validation accuracy: %, Time: \d+\.\d\d s
 Training finished.
 Test loss: #, Test accuracy: %
@@ -207,7 +207,7 @@ Class        Precision    Recall        F1     Count
 
 def test_bug_undefined_names(script, small_mnist):
     """The script runs from start to end, and prints its progress."""
-    process = start(script, "--epochs 2")
+    process = start(script, "--epochs 2 --batch-size 2")
     output, errors = process.communicate()
     assert (process.returncode, errors) == (0, "")
     assert re.match(OUTPUT, output)
@@ -216,15 +216,14 @@ def test_bug_undefined_names(script, small_mnist):
 def test_bug_test_set_never_evaluated(script, command):
     """The script tests the trained network on the test images."""
     run = command(script, "--epochs 2 --lr 0.003")
-    loss = F.cross_entropy(run.model(VAL[0][:, None] / 255), VAL[1])
+    loss = F.cross_entropy(run.model(VAL_INPUTS), VAL[1])
     assert run.evaluation.loss == approx(loss.item(), abs=1e-3)
 
 
-@parametrize(("size", "steps"), [(100, "3/3"), (2, "100/125 125/125")])
-def test_bug_steps_counted_without_the_last_batch(size, steps, capsys):
+def test_bug_steps_counted_without_the_last_batch(capsys):
     """250 images are three steps of 100, because the last, incomplete batch is a step, too."""
-    train(CNN, digits(batch_size=size), epochs=1)
-    assert re.findall(r"Step \[(.*)\]", capsys.readouterr().out) == steps.split()
+    train(CNN, digits(), epochs=1)
+    assert re.findall(r"Step \[(.*)\]", capsys.readouterr().out) == ["3/3"]
 
 
 # ---- train ----
@@ -232,62 +231,55 @@ def test_bug_steps_counted_without_the_last_batch(size, steps, capsys):
 
 def test_both_scripts_have_the_same_loop_but_for_two_numbers():
     cnn, rnn = (inspect.getsource(script.train) for script in (cnn_mnist, rnn_mnist))
-    assert cnn.count("0.01") == 2
-    assert "shift=1)  # by at most 1 pixel" in cnn
-    cnn = (
-        cnn.replace("0.01", "0.005").replace("shift=1)", "shift=2)").replace("1 pixel", "2 pixels")
-    )
+    for old, new in (("0.01", "0.005"), ("shift=1", "shift=2"), ("1 pixel", "2 pixels")):
+        assert old in cnn
+        cnn = cnn.replace(old, new)
     assert cnn == rnn
 
 
 def test_smoke_one_batch(script, network, device):
     data = digits(batch_size=250)  # The batch is on the CPU.
     data.device = torch.device(device)
-    before, after = (script.train(network, data, epochs=n)[0] for n in (0, 1))
+    criterion = nn.CrossEntropyLoss(weight=torch.ones(10, device=device))
+    before, after = (script.train(network, data, epochs=n, criterion=criterion)[0] for n in (0, 1))
     for old, new in zip(before.parameters(), after.parameters(), strict=True):
         assert new.device.type == device
         assert not torch.equal(old, new)
 
 
-def momentum(parameters, lr):
-    return torch.optim.SGD(parameters, lr, momentum=0.9)
+OWN_CHOICES = {
+    "optimizer": partial(torch.optim.SGD, momentum=0.9),
+    "criterion": nn.CrossEntropyLoss(weight=torch.arange(1.0, 11), label_smoothing=0.1),
+    "lr": 0.001,
+}
 
 
-SMOOTH = nn.CrossEntropyLoss(weight=torch.arange(1.0, 11), label_smoothing=0.1)
-
-
-@parametrize(
-    ("options", "optimizer", "criterion"),
-    [
-        ({}, torch.optim.Adam, F.cross_entropy),
-        ({"optimizer": momentum, "criterion": SMOOTH, "lr": 0.001}, momentum, SMOOTH),
-    ],
-)
+@parametrize("options", [{}, OWN_CHOICES])
 @parametrize("network", [CNN, RNN, Own])
-def test_training_is_that_of_the_tutorial(network, options, optimizer, criterion, capsys):
+def test_training_is_that_of_the_tutorial(network, options, capsys):
     """In an order that depends only on seed and epoch, with any optimizer and loss."""
-    loader = digits().train_loader
-    _, history = train(network, digits(), epochs=2, seed=3, **options)
-    printed = re.findall(r"\], Loss: (.*)", capsys.readouterr().out)  # of each epoch's last step
+    train(network, digits(), epochs=2, seed=3, **options)
+    printed = re.findall(r"oss: ([\d.]*)", capsys.readouterr().out)
+    loader, losses = digits().train_loader, []
     torch.manual_seed(3)
     model = network()
-    adam = optimizer(model.parameters(), lr=0.001)
+    optimizer = options.get("optimizer", torch.optim.Adam)(model.parameters(), lr=0.001)
+    criterion = options.get("criterion", F.cross_entropy)
     for epoch in (1, 2):
         torch.manual_seed(3000 + epoch)
         total = 0
         for batch in torch.randperm(250).split(100):
-            loss = criterion(model(loader.inputs[batch]), loader.labels[batch])
-            adam.zero_grad()
+            loss = criterion(model.train()(loader.inputs[batch]), loader.labels[batch])
+            optimizer.zero_grad()
             loss.backward()
-            adam.step()
+            optimizer.step()
             total += loss.item() * len(batch)
-        assert float(printed[epoch - 1]) == approx(loss.item(), abs=1e-3)
-        assert history[epoch - 1].train_loss == approx(total / 250, abs=1e-4)
-    loss = criterion(model.eval()(VAL[0][:, None] / 255), VAL[1])
-    assert history[1].val_loss == approx(loss.item(), abs=1e-3)
+        validation = criterion(model.eval()(VAL_INPUTS), VAL[1])
+        losses += [loss.item(), total / 250, validation.item()]
+    assert list(map(float, printed)) == approx(losses, abs=1e-3)
 
 
-@parametrize("options", [{}, {"one_cycle": True}, {"augment": True}])
+@parametrize("options", [{}, {"one_cycle": True, "augment": True}])
 @parametrize("network", [CNN, RNN, Own])
 def test_the_same_call_gives_the_same_weights(network, device, options):
     """Also if random numbers were drawn before it, or are drawn after each epoch."""
@@ -297,18 +289,17 @@ def test_the_same_call_gives_the_same_weights(network, device, options):
         evaluate(model, data.train_loader)
 
     model, _ = train(network, data, epochs=2, **options)  # draws random numbers, too
-    assert same_weights(model, train(network, data, epochs=2, after_epoch=measure, **options)[0])
-    assert not same_weights(model, train(network, data, epochs=2, seed=1, **options)[0])
+    assert_same_weights(model, train(network, data, epochs=2, after_epoch=measure, **options)[0])
 
 
 def test_the_command_line_and_train_give_the_same_weights(script, network, command):
-    options = "--limit 110 --validate 60 --batch-size 64 --epochs 2 --one-cycle --augment --seed 3"
+    options = f"--limit 110 --batch-size 64 --epochs 2 --one-cycle --augment --seed {10**15}"
     trained = command(script, f"{options} --lr 0.002").model
-    data = common.load_data(limit=110, validate=60, batch_size=64, device="cpu")
-    model, _ = script.train(network, data, epochs=2, lr=0.002, one_cycle=True, augment=True, seed=3)
-    assert same_weights(trained, model)
+    data = common.load_data(limit=110, validate=50, batch_size=64, device="cpu")
+    options = {"lr": 0.002, "one_cycle": True, "augment": True, "seed": 10**15}
+    assert_same_weights(trained, script.train(network, data, epochs=2, **options)[0])
     plain, _ = script.train(network, common.load_data(validate=50, device="cpu"), epochs=1)
-    assert same_weights(command(script, "--epochs 1").model, plain)
+    assert_same_weights(command(script, "--epochs 1").model, plain)
 
 
 def test_a_network_is_never_trained_twice():
@@ -324,32 +315,25 @@ def test_an_optimizer_without_lr_is_refused_before_anything_is_created():
         train(pytest.fail, digits(), optimizer=torch.optim.SGD)
 
 
-def test_each_epoch_trains_validates_and_calls_after_epoch(capsys):
-    """A true value ends the training, which is printed. The test images are not touched."""
-    data, calls = digits(), []
+def test_each_epoch_trains_validates_and_calls_after_epoch(capsys, monkeypatch):
+    """A true value ends the training, which is printed. The test images are not touched.
+
+    The time of an epoch is that of its training steps; here, each batch takes a second.
+    """
+    data, seen = digits(batch_size=50), []
     data.test_loader = map(pytest.fail, ["touched"])
+    monkeypatch.setattr(time, "perf_counter", lambda: len(seen))
 
     def after_epoch(model, history):
-        calls.append((model.training, len(history)))
-        return np.bool_(len(history) == 2)
+        seen.append((model.training, history[:]))
+        return len(history) // 2
 
-    model, history = train(Own, data, epochs=5, after_epoch=after_epoch)
-    modes = [(training, len(inputs)) for training, inputs in model.seen]
-    epoch = [(True, 100), (True, 100), (True, 50), (False, 100), (False, 30)]
-    assert modes == [(False, 100)] * 3 + epoch * 2  # first, the check of the network
-    assert calls == [(False, 1), (False, 2)]
-    assert [row.epoch for row in history] == [1, 2]
-    # the columns of pandas.DataFrame(history)
-    assert " ".join(history[0]._fields) == "epoch train_loss val_loss val_accuracy seconds"
+    _, history = train(lambda: Own(seen=seen), data, epochs=5, after_epoch=after_epoch)
+    epoch = [(True, 50)] * 5 + [(False, 100), (False, 30)]  # Evaluation takes at least 100 at once.
+    expected = [*epoch, (False, 1), *epoch, (False, 2)]
+    assert [(training, len(batch)) for training, batch in seen[-16:]] == expected
+    assert [(row.epoch, row.seconds) for row in history] == [(1, 5), (2, 5)]
     assert capsys.readouterr().out.endswith("\nafter_epoch returned a true value: training ends.\n")
-
-
-def test_seconds_are_those_of_the_training_steps(monkeypatch):
-    seen = []  # A batch takes a second.
-    monkeypatch.setattr(Own, "__call__", lambda *args: seen.append(1) or nn.Module.__call__(*args))
-    monkeypatch.setattr(time, "perf_counter", lambda: len(seen))
-    _, history = train(Own, digits(), epochs=2)
-    assert [row.seconds for row in history] == [3, 3]  # without the evaluation
 
 
 @parametrize(("lr", "peak"), [(None, 0.01), (0.002, 0.002)])
@@ -378,46 +362,39 @@ def test_random_affine_works_in_pixels(device):
     Each pixel of these images holds its own position, so the result says where it came from. As
     complex numbers x + yi, because multiplying by i rotates by 90 degrees.
     """
-    line = torch.arange(1.0, 21)
-    images = torch.stack(torch.meshgrid(line, line, indexing="xy")).expand(5000, -1, -1, -1)
-    moved = common.random_affine(images.to(device), shift=2).cpu()
-    position = torch.complex(moved[:, 0], moved[:, 1])
+    x = torch.arange(1.0, 21).expand(5000, 1, 20, 20)
+    moved = common.random_affine(torch.cat([x, x.mT], dim=1).to(device), shift=2).cpu()
+    assert moved.aminmax() == approx((1, 20), abs=0.001)  # What is outside repeats the border.
+    position = torch.complex(*moved.unbind(dim=1))
     here, right, below = position[:, 9, 9], position[:, 9, 10], position[:, 10, 9]
-    assert torch.allclose(below - here, (right - here) * 1j, atol=1e-3)
+    assert_close(below - here, (right - here) * 1j, atol=1e-4, rtol=0)
     assert (right - here).angle().rad2deg().aminmax() == approx((-10, 10), abs=0.1)
-    assert (right - here).abs().reciprocal().aminmax() == approx((0.9, 1.1), abs=0.001)
+    assert (right - here).abs().aminmax() == approx((1 / 1.1, 1 / 0.9), abs=0.001)
     shift = torch.view_as_real(right + below) / 2 - 10.5  # of the centre of the image
     assert shift.abs().amax(dim=0).tolist() == approx([2, 2], abs=0.01)
     assert shift.diff().max() > 3  # not only along the diagonal
-    assert moved.aminmax() == approx((1, 20), abs=0.001)  # What is outside repeats the border.
-    assert common.random_affine(torch.ones(3, 8, 8), shift=2).shape == (3, 8, 8)  # no channel
     with raises(ValueError, match="square images, not 14x28"):
         common.random_affine(torch.ones(2, 1, 14, 28), shift=2)
 
 
-class Calls(TorchDispatchMode):
-    """While it is active, `names` gathers the names of torch's operations."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
+class Calls(TorchDispatchMode, list):
+    """While it is active, it gathers the names of torch's operations."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.names.append(operation.overloadpacket.__name__)
+        self.append(operation.overloadpacket.__name__)
         return operation(*args, **(kwargs or {}))
 
 
-@parametrize("options", [{}, {"one_cycle": True, "augment": True}])
-def test_a_step_neither_waits_for_the_device_nor_copies(device, options):
-    def count(batch_size):
+def test_a_step_neither_waits_for_the_device_nor_copies(device):
+    counts = []
+    for batch_size in (250, 130):  # 1 and 2 steps; the last one is printed
         data = digits(device, batch_size)
         with Calls() as calls:
-            train(Own, data, epochs=1, **options)
+            train(Own, data, epochs=1, one_cycle=True, augment=True)
         # item(), and conditions on tensors, read a number; to() copies if it has to.
-        return [calls.names.count(name) for name in ("_local_scalar_dense", "_to_copy")]
-
-    assert count(250) == count(130)  # 1 and 2 steps; the last one is printed
-    assert count(250)[0] > 0
+        counts.append([calls.count(name) for name in ("_local_scalar_dense", "_to_copy")])
+    assert counts[0] == counts[1]
+    assert counts[0][0] > 0
 
 
 # ---- what is checked before the first step ----
@@ -437,11 +414,6 @@ def chain(*layers):
     return lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10), *layers)
 
 
-def transformer(batch_first):
-    layer = nn.TransformerEncoderLayer(28, 4, 32, batch_first=batch_first)
-    return nn.Sequential(nn.Flatten(1, 2), layer, nn.Flatten(), nn.Linear(784, 10))
-
-
 def lstm_of_the_tutorial():
     model = RNN()
     model.lstm.batch_first = False
@@ -454,13 +426,12 @@ CHECKED = {
     "softmax": (chain(nn.Softmax(1)), LIKE_SOFTMAX),
     "ReLU": (chain(nn.ReLU()), LIKE_SOFTMAX),
     "the tutorial's LSTM": (lstm_of_the_tutorial, DEPENDS),
-    "a Transformer with the same bug": (lambda: transformer(False), DEPENDS),
     "other samples only raise the outputs": (chain(Spread()), DEPENDS),
-    "a good Transformer": (lambda: transformer(True), ""),
     "CNN": (CNN, ""),
     "RNN": (RNN, ""),
     "BatchNorm and dropout": (Own, ""),
     "log-softmax": (chain(nn.LogSoftmax(1)), ""),
+    "positive outputs": (chain(nn.Softplus()), ""),
     "random numbers": (chain(Noise()), ""),
     "outputs that are all 0.1": (chain(nn.Threshold(1e9, 0.1)), ""),
     "a fixed batch size": (chain(nn.Unflatten(0, (10, 10)), nn.Flatten(0, 1)), ""),
@@ -475,20 +446,10 @@ def test_the_bugs_of_the_tutorial_are_seen_in_any_network_and_no_others(name, de
     data.val_loader.inputs[:, :, -8:] = 0  # as the lowest rows of MNIST are
     for criterion in (F.cross_entropy, F.nll_loss):
         train(network, data, epochs=0, criterion=criterion)
-        printed = "".join(re.findall(r"Warning.*\n", capsys.readouterr().out))
-        assert printed == warning
-
-
-def test_two_classes_and_a_single_sample_raise_no_false_alarm(capsys):
-    pair = VAL[0][:1], VAL[1][:1] % 2
-    data = make_data(pair, pair, "ab", device="cpu")
-    for seed in range(20):
-        train(chain(nn.LazyLinear(2)), data, epochs=0, seed=seed)
-    assert "Warning" not in capsys.readouterr().out
+        assert "".join(re.findall(r"Warning.*\n", capsys.readouterr().out)) == warning
 
 
 SAMPLES = (torch.rand(20, 3), torch.arange(20) % 2)
-PACKED = (pack_sequence([torch.rand(4, 3)]), torch.tensor([0]))
 
 
 @parametrize(
@@ -497,7 +458,7 @@ PACKED = (pack_sequence([torch.rand(4, 3)]), torch.tensor([0]))
         ([SAMPLES], "a", 1, r"two classes or more to learn, not \['a'\]"),
         ([SAMPLES], "ab", 3, r"returned torch.Size\(\[20, 3\]\) for 20 inputs, 2 classes"),
         ([], "ab", 2, "the validation loader has no batch"),
-        ([PACKED], "ab", 2, "the validation loader has no batch .* of tensors"),
+        ([(["a text"], SAMPLES[1])], "ab", 2, "the validation loader has no batch .* of tensors"),
         ([(SAMPLES[0], SAMPLES[1] + 1)], "ab", 2, "from 0 to 1, .* from 1 to 2"),
     ],
 )
@@ -507,35 +468,31 @@ def test_what_does_not_fit_is_refused_before_the_first_step(loader, classes, out
         train(lambda: nn.Linear(3, outputs), data, after_epoch=pytest.fail)
 
 
-def test_a_former_split_is_refused():
-    with raises(TypeError):
-        Data([SAMPLES], [SAMPLES], "ab", "validation")
-    with raises(TypeError):
-        make_data(SAMPLES, SAMPLES, "ab", "validation")
-
-
 # ---- data ----
 
 
+WHITE = np.full((2, 3, 8, 8), 255, np.uint8)
+
+
 @parametrize(
-    ("inputs", "labels", "shape"),
+    ("inputs", "shape"),
     [
-        (np.ones((2, 5)), np.array([1.0, 0]), (2, 5)),
-        (np.ones((2, 8, 8), np.int32), np.array([1, 0], np.uint16), (2, 8, 8)),
-        (np.full((2, 8, 8), 255, np.uint8), [True, False], (2, 1, 8, 8)),
-        (np.full((2, 3, 8, 8), 255, np.uint8), [1, 0], (2, 3, 8, 8)),
+        (WHITE, (2, 3, 8, 8)),
+        (WHITE[:, 0], (2, 1, 8, 8)),
+        (WHITE[:, 0] / 255, (2, 8, 8)),
+        ([[1, 1]] * 2, (2, 2)),
     ],
 )
+@parametrize("labels", [np.array([1.0, 0]), [True, False]])
 def test_make_data_takes_what_people_have(inputs, labels, shape, device):
+    """It makes float32 inputs and int64 labels of them, on the device."""
     pair = inputs, labels
     data = make_data(pair, pair, "ab", test_pair=pair, device=device)
     for loader in (data.train_loader, data.val_loader, data.test_loader):
-        ((found, targets),) = loader
-        assert torch.equal(found.cpu(), torch.ones(shape))
-        assert found.dtype == torch.float32
-        assert sorted(targets.tolist()) == [0, 1]
-        assert found.device.type == targets.device.type == data.device.type == device
-    assert repr(targets.cpu()) == "tensor([1, 0])"  # not shuffled, and of type int64
+        assert_close(loader.inputs, torch.ones(shape, device=device))
+        assert_close(loader.labels, torch.tensor([1, 0], device=device))
+    assert data.device.type == device
+    assert not data.val_loader.shuffle
 
 
 @parametrize(
@@ -545,7 +502,7 @@ def test_make_data_takes_what_people_have(inputs, labels, shape, device):
         ([], [], "0 inputs, 0 labels"),
         *(
             ([[5.0]] * 2, labels, r"labels must be whole numbers \(N,\) from 0 to 1")
-            for labels in ([0.9, 1], [1, 2], [0, -100], [0, np.nan], [[0], [1]], [[1, 0], [0, 1]])
+            for labels in ([0.9, 1], [1, 2], [0, -100], [[0], [1]], [[1, 0], [0, 1]])
         ),
         (torch.ones(2, 1).byte(), [0, 1], "only uint8 inputs are divided by 255"),
     ],
@@ -562,7 +519,7 @@ def test_own_loaders_and_lists_of_batches_are_trained_on():
     loader = DataLoader(samples, 8, shuffle=True)
     data = Data(loader, list(loader), range(20), device="cpu")
     model, same = (train(lambda: Own(192, 20), data, epochs=2)[0] for _ in range(2))
-    assert same_weights(model, same)
+    assert_same_weights(model, same)
     assert evaluate(model, loader).confusion.sum(dim=1).tolist() == [3] * 20  # all labels
 
 
@@ -572,46 +529,30 @@ def test_a_network_that_changes_its_input_does_not_change_the_data():
     assert loader.inputs[:100].any()
 
 
-@parametrize(("size", "batches"), [(1, [100, 30]), (120, [120, 10])])
-def test_evaluation_takes_at_least_100_samples_at_a_time(size, batches):
-    assert [len(labels) for _, labels in digits(batch_size=size).val_loader] == batches
-
-
-@parametrize("options", [{}, {"limit": 7, "batch_size": 3}])
-def test_validation_images_are_random_always_the_same_and_never_trained_on(options, small_mnist):
+def test_validation_images_are_random_always_the_same_and_never_trained_on(small_mnist):
     torch.manual_seed(5)
-    data = common.load_data(validate=100, device="cpu", **options)
+    data = common.load_data(validate=100, limit=70, batch_size=30, device="cpu")
     order = torch.randperm(250, generator=torch.Generator().manual_seed(0))
-    limit = options.get("limit", 150)
-    parts = {"train": order[100 : 100 + limit], "val": order[:100]}
-    for name, part in parts.items():
-        loader = getattr(data, f"{name}_loader")
-        assert torch.equal(loader.inputs, TRAIN[0][part][:, None] / 255)
-        assert torch.equal(loader.labels, TRAIN[1][part])
-    assert torch.equal(data.test_loader.inputs, VAL[0][:, None] / 255)
-    assert len(data.train_loader) == (2 if limit == 150 else 3)  # batches
-
-
-@parametrize("options", [{"validate": 250}, {"validate": 0}, {"validate": 50, "limit": 0}])
-def test_limit_and_validate_that_leave_no_images_are_refused(options, small_mnist):
+    val, rest = ([part[indices] for part in TRAIN] for indices in (order[:100], order[100:170]))
+    same = make_data(rest, val, "0123456789", test_pair=VAL, batch_size=30, device="cpu")
+    for name in ("train_loader", "val_loader", "test_loader"):
+        assert_close(vars(getattr(data, name)), vars(getattr(same, name)))
     with raises(UserError, match="no images to validate or train on"):
-        common.load_data(**options)
+        common.load_data(validate=0)
 
 
-@parametrize("name", ["fashion-mnist", "kmnist"])
-def test_each_dataset_has_its_folder_and_classes(name, small_mnist, monkeypatch):
+@parametrize(("name", "folder"), [("fashion-mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
+def test_each_dataset_has_its_folder_and_classes(name, folder, small_mnist, monkeypatch):
     """By default, on the CPU if there is no accelerator."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    dataset = common.DATASETS[name]
-    assert dataset.__name__.lower() == name.replace("-", "")
-    Path("data/MNIST").rename(f"data/{dataset.__name__}")
-    assert common.load_data(name, validate=50).classes == dataset.classes
+    Path("data/MNIST").rename(f"data/{folder}")
+    assert common.load_data(name, validate=50).classes == getattr(datasets, folder).classes
 
 
 def test_synthetic_digits_do_not_leak_and_are_the_same_in_each_run():
     state = torch.get_rng_state()
     data = common.load_data("synthetic", device="cpu")
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state)  # not changed
     torch.rand(3)
     again = common.load_data("synthetic", device="cpu")
     assert torch.equal(data.val_loader.inputs, again.val_loader.inputs)
@@ -623,40 +564,30 @@ MNIST = HERE / "data/MNIST/raw/train-images-idx3-ubyte"
 
 
 @pytest.mark.skipif(not MNIST.is_file(), reason="MNIST is not in ./data")
-@parametrize(
-    ("script", "network", "limit", "least"),
-    [(cnn_mnist, CNN, 55_000, 0.95), (rnn_mnist, RNN, 10_000, 0.8)],  # The LSTM is slower.
-)
-def test_real_mnist_is_learned(script, network, limit, least):
-    data = common.load_data(data_dir=HERE / "data", limit=limit, device=DEVICES[-1])
+def test_real_mnist_is_learned(script, network):
+    data = common.load_data(data_dir=HERE / "data", limit=10_000, device=DEVICES[-1])
     _, history = script.train(network, data, epochs=1, one_cycle=True)
-    assert history[0].val_accuracy > least
+    assert history[0].val_accuracy > 0.8
 
 
 # ---- evaluate and report ----
 
 
 def test_evaluate_computes_each_figure(device):
-    """The network's logits are its inputs; no sample belongs to the third class."""
-    model = nn.Linear(3, 3, bias=False).to(device)
-    nn.init.eye_(model.weight)
+    """In evaluation mode, the logits are the inputs; no sample belongs to the third class."""
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Dropout()).to(device)
+    nn.init.eye_(model[0].weight)
     logits, labels = 3 * torch.eye(3)[[0, 1, 0, 1]], torch.tensor([0, 0, 0, 1])
     loader = DataLoader(TensorDataset(logits, labels.byte()), 3)
     evaluation = evaluate(model, loader)
     assert evaluation.loss == approx(0.84493, abs=1e-4)  # ln(e^3 + 2) - 3 * 3 / 4
     assert evaluation.accuracy == 0.75
     assert evaluation.confusion.tolist() == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
-    assert torch.equal(evaluation.logits, logits)
-    assert torch.equal(evaluation.labels, labels)
+    assert_close(evaluation.logits, logits)
+    assert_close(evaluation.labels, labels)
     assert model.training  # as before
     assert not evaluation.logits.requires_grad
     assert not evaluation.logits.is_inference()  # so that people may compute gradients with it
-    with raises(IndexError, match="Target 3 is out of bounds"):
-        evaluate(model, [(logits, labels + 2)])
-    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9, 1]).to(device))  # on the device
-    assert evaluate(model, loader, weighted).loss == approx(0.34492, abs=1e-4)
-    with raises(FloatingPointError):
-        common.check_losses(float("inf"), evaluation.loss)
 
 
 THREE_CLASSES = """\
@@ -689,51 +620,47 @@ def test_tables_of_long_names_and_large_counts(capsys):
     assert output.endswith(" 1000000 1000000\n")
 
 
-def reuse(loader):
-    """Yield batches of one size that share their memory, as some loaders do."""
-    (batch, *_), *_ = loader
-    for images, labels in loader:
-        yield batch.copy_(images), labels
-
-
 def test_errors_in_colour_most_confident_first_with_names_that_fit(device):
-    """The images are standardized, and the loader shuffles them."""
-    pixels, labels = torch.rand(300, 3, 9, 9), torch.zeros(300, device=device).long()
-    pixels[:, :, 0, :2] = torch.tensor([0.0, 1])  # Each image has the lowest and the highest value.
-    images, model = (pixels.to(device) - 0.5) / 0.25, Own(243, 2).to(device)
-    loader = common.Loader(images, labels, 50, shuffle=True)
-    common.draw_errors(model, reuse(loader), [8, "WALKING_UPSTAIRS"], "e.png")
-    confidence, order = common.predict(model, images).softmax(dim=1)[:, 1].sort(descending=True)
+    """Images of one pixel, standardized, whose colours are the logits.
+
+    The loader shuffles them, and reuses the memory of its batches, as some loaders do.
+    """
+    green = torch.rand(300, device=device)
+    logits = torch.stack([green * 0, green, green * 0 + 1], dim=1) * 4 - 2
+    loader = common.Loader(logits.view(-1, 3, 1, 1), green.long(), 50, shuffle=True)
+    batch = torch.empty(50, 3, 1, 1, device=device)
+    reused = ((batch.copy_(images), labels) for images, labels in loader)
+    common.draw_errors(nn.Flatten(), reused, [8, "b", "WALKING_UPSTAIRS"], "e.png")
     sheet = pil_to_tensor(Image.open("e.png"))
+    worst = logits[green.argsort()[:100]].cpu()  # More green makes the third class less probable.
     drawn = sheet[:, 46::140, 60::120].flatten(1).T / 255  # the middle of each image
-    assert torch.allclose(drawn, pixels[order[:100].cpu(), :, 4, 4], atol=0.01)
-    text = f"true: 8\npred: WALKING_UPST\nconf.: {confidence[0]:.1%}"
+    assert_close(drawn, (worst + 2) / 4, atol=0.01, rtol=0)
+    text = f"true: 8\npred: WALKING_UPST\nconf.: {worst[0].softmax(dim=0)[2]:.1%}"
     expected = Image.new("RGB", (120, 50), "white")
     ImageDraw.Draw(expected).text((18, 0), text, "black", font_size=13, spacing=2)
     assert torch.equal(sheet[:, 90:140, :120], pil_to_tensor(expected))
 
 
-@parametrize(("count", "height"), [(0, 140), (11, 280)])
-def test_the_sheet_is_as_high_as_its_mistakes_need(count, height, capsys):
-    images = torch.eye(2)[[1] * count + [0]].view(-1, 1, 1, 2)  # the logits
-    common.draw_errors(nn.Flatten(), [(images, torch.zeros(count + 1).int())], "ab", "e.png")
-    assert Image.open("e.png").size == (1200, height)
-    assert capsys.readouterr().out == f"e.png shows {count} of {count} mistakes.\n"
+def test_a_sheet_without_mistakes(capsys):
+    images = torch.eye(2).view(2, 1, 1, 2)  # the logits
+    common.draw_errors(nn.Flatten(), [(images, torch.arange(2))], "ab", "e.png")
+    assert Image.open("e.png").size == (1200, 140)
+    assert capsys.readouterr().out == "e.png shows 0 of 0 mistakes.\n"
 
 
-def test_report_and_log_are_those_of_the_last_epoch(script, command, file):
+def test_report_and_log_are_those_of_the_last_epoch(script, command, file, capsys):
     Path("log.csv").write_text("of a former run")
     run = command(script, f"--epochs 2 --lr 0.003 --log log.csv --errors {file}")
-    *lines, last = run.output.splitlines()
-    matrix = [list(map(int, line.split()[1:])) for line in lines[-10:]]
-    assert matrix == run.evaluation.confusion.tolist()
+    common.print_tables(run.evaluation.confusion, "0123456789")
     wrong = round(130 * (1 - run.evaluation.accuracy))
-    assert last == f"results.png shows {min(wrong, 100)} of {wrong} mistakes."
-    head, first, second = Path("log.csv").read_text().splitlines()
-    assert head == "epoch,train_loss,val_loss,val_accuracy,seconds"
-    assert first.startswith("1,")
-    epoch, train_loss, val_loss, accuracy, _ = map(float, second.split(","))
-    assert epoch == 2
+    shown = min(wrong, 100)
+    last = f"results.png shows {shown} of {wrong} mistakes.\n"
+    assert run.output.endswith(capsys.readouterr().out + last)
+    assert Image.open(file).height == math.ceil(shown / 10) * 140
+    log = np.genfromtxt("log.csv", delimiter=",", names=True)
+    assert log.dtype.names == ("epoch", "train_loss", "val_loss", "val_accuracy", "seconds")
+    assert log["epoch"].tolist() == [1, 2]
+    _, train_loss, val_loss, accuracy, _ = log[1]
     assert f"Training loss: {train_loss:.4f}, Validation loss: {val_loss:.4f}" in run.output
     assert f"Validation accuracy: {accuracy:.2%}, " in run.output
 
@@ -751,28 +678,29 @@ def test_zero_epochs_only_test(script, command):
 CNN_WEIGHTS = CNN().state_dict()
 
 
-def test_saved_weights_are_loaded(device, file):
-    """Those of this network include the buffers of BatchNorm."""
-    model, _ = train(Own, digits(device), epochs=1)
-    common.save_weights(model, file)
-    loaded = common.load_weights(Own(), file)
-    assert same_weights(model.cpu(), loaded)
-    assert not loaded.training
-
-
 def test_saved_weights_are_a_plain_state_dict_on_the_cpu(device, command, file):
     trained = command(cnn_mnist, f"--device {device} --epochs 2 --save {file}").model
     weights = torch.load(file)
     assert {tensor.device.type for tensor in weights.values()} == {"cpu"}
     assert all(tensor.is_contiguous() for tensor in weights.values())  # in the ordinary format
     loaded = command(cnn_mnist, f"--device {device} --epochs 1 --lr 0 --load {file}").model
-    assert same_weights(trained, loaded)
+    assert_same_weights(trained, loaded)
 
 
-def test_weights_that_somebody_saved_on_a_gpu_are_loaded(file, monkeypatch):
-    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:99")
+def test_saved_weights_include_the_buffers_of_batchnorm(file):
+    model, _ = train(Own, digits(), epochs=1)
+    common.save_weights(model, file)
+    loaded = common.load_weights(Own(), file)
+    assert_same_weights(model, loaded)
+    assert not loaded.training
+    with raises(UserError, match="cannot write missing/w.pt: .*; choose another path"):
+        common.save_weights(model, "missing/w.pt")
+
+
+def test_weights_that_somebody_saved_on_a_gpu_are_loaded(file):
     torch.save(CNN_WEIGHTS, file)
-    assert torch.equal(common.load_weights(CNN(), file).fc.weight, CNN_WEIGHTS["fc.weight"])
+    file.write_bytes(file.read_bytes().replace(b"cpu", b"mps"))  # the device of the weights
+    assert common.load_weights(CNN(), file)
 
 
 class Harmful:
@@ -800,60 +728,21 @@ def test_other_weights_are_refused_and_run_no_code(content, file, monkeypatch):
     assert not Path("trace").exists()
 
 
-@parametrize("content", [None, "seven is a digit"])
-def test_a_file_without_weights_is_an_error_before_the_data_are_read(content, command):
-    RAW.rename("gone")
-    if content:
-        Path("w.pt").write_text(content)
-    assert_one_line(command(cnn_mnist, "--load w.pt"), "cannot load w.pt (", "of the same size")
-
-
 @parametrize(
-    ("error", "status", "says"),
+    ("error", "status"),
     [
-        (KeyboardInterrupt(), 130, ""),
-        (OSError("full"), 1, "error: cannot write results.png: full; choose another path"),
+        (KeyboardInterrupt(), 130),
+        (OSError("full"), "error: cannot write results.png: full; choose another path"),
     ],
 )
-def test_an_interrupt_or_a_full_disk_keeps_the_file(
-    error, status, says, command, file, monkeypatch
-):
+def test_an_interrupt_or_a_full_disk_keeps_the_file(error, status, command, file, monkeypatch):
     def fail(*args):
         raise error
 
     monkeypatch.setattr(Path, "replace", fail)
-    run = command(cnn_mnist, f"--save {file} --log log.csv")
-    assert (run.status, run.errors) == (status, says)
+    assert command(cnn_mnist, f"--save {file} --log log.csv").status == status
     assert file.read_text() == "of a former run"
     assert sorted(os.listdir()) == ["data", file.name]
-
-
-@parametrize("name", ["file/w.pt", "a" * 252])
-def test_a_name_that_cannot_be_written_is_an_error_of_one_line(name):
-    Path("file").write_text("")
-    with raises(UserError, match="cannot write .*; choose another path"):
-        common.save_weights(nn.Linear(1, 1), name)
-
-
-def test_a_loss_that_is_not_finite_saves_nothing(command, file):
-    """Here, that of the validation: the only step computes its loss before it changes weights."""
-    run = command(cnn_mnist, f"--save {file} --log log.csv --lr 1e30 --batch-size 250")
-    assert_one_line(run, "the loss is not finite; try a smaller learning rate")
-    assert file.read_text() == "of a former run"
-    assert not Path("log.csv").exists()
-
-
-@parametrize("place", ["empty", "data/MNIST/raw/train-labels-idx1-ubyte", "data"])
-def test_missing_or_damaged_data_are_one_line_and_stay(place, command, monkeypatch):
-    os.mkdir("empty")
-    damaged = RAW / "train-images-idx3-ubyte"
-    damaged.write_bytes(b"damaged")
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody listens
-    run = command(cnn_mnist, f"--data-dir {place}")
-    assert_one_line(run, f"cannot read or download {place}/MNIST/raw: ", "use --dataset synthetic")
-    assert ("Error downloading" in run.errors) == (place == "empty")
-    assert damaged.read_bytes() == b"damaged"
 
 
 # ---- command line ----
@@ -864,71 +753,102 @@ def test_hidden_and_layers_shape_the_lstm(command):
     assert (lstm.hidden_size, lstm.num_layers) == (8, 3)
 
 
-WRONG_OPTIONS = """\
---epochs x
---epochs -1
---epochs 0 --save w.pt
---epochs 0 --log l.csv
---device gpu
---batch-size 0
---limit 0
---validate 0
---hidden 0
---layers 0
---lr -1
---lr nan
---seed 9999999999999999
---predict 7.png
---predict 7.png --load w.pt --dataset kmnist
---predict 7.png --load w.pt --dataset fashion-mnist
---predict 7.png --load w.pt --errors e.png
---predict 7.png --load w.pt --log l.csv
---save ./a --log a
+@pytest.fixture
+def places(small_mnist):
+    """Folders and files that cannot be used."""
+    os.mkdir("folder")
+    shutil.copytree("data", "damaged")
+    Path("damaged/MNIST/raw/train-images-idx3-ubyte").write_bytes(b"damaged")
+    Path("text").write_text("seven is a digit")
+    with_grain(Image.new("L", (300, 200), 240), 4).save("blank.png")
+    torch.save(CNN_WEIGHTS, "w.pt")
+
+
+def read_files():
+    return {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+
+
+WRONG_OPTIONS = f"""\
+--epochs x -> argument --epochs: invalid number value: 'x'
+--epochs -1 -> argument --epochs: -1 is not between 0 and inf
+--batch-size 0 -> argument --batch-size: 0 is not between 1 and inf
+--limit 0 -> argument --limit: 0 is
+--validate 0 -> argument --validate: 0 is
+--hidden 0 -> argument --hidden: 0 is
+--layers 0 -> argument --layers: 0 is
+--lr -1 -> argument --lr: -1 is not between 0 and inf
+--lr nan -> argument --lr: nan is
+--seed {10**15 + 1} -> argument --seed: {10**15 + 1} is not between 0 and {10**15}
+--device gpu -> argument --device: gpu cannot be used: Expected one of cpu,
+--device meta -> argument --device: meta cannot be used: Tensor.item() cannot be called on meta
+--epochs 0 --save a -> argument --epochs: must be at least 1 with --save or --log
+--epochs 0 --log a -> argument --epochs: must be at least 1 with --save or --log
+--predict 7.png -> argument --predict: needs trained weights; add --load FILE
+--predict 7.png --load w.pt --dataset kmnist -> argument --predict: reads only digits
+--predict 7.png --load w.pt --errors a -> argument --predict: only classifies
+--predict 7.png --load w.pt --log a -> argument --predict: only classifies
+--save ./a --log a -> arguments --save, --log and --errors: choose a different file for each
+--save folder -> argument --save: cannot write folder: it is not a plain file; choose a file in a
+--log gone/a -> argument --log: cannot write gone/a: [Errno 2] No such file
+--errors text/a -> argument --errors: cannot write text/a: [Errno
+--save {os.devnull} -> argument --save: cannot write {os.devnull}: it is not a plain file
+--save {"a" * 252} -> argument --save: cannot write {"a" * 252}: [Errno
 """
 
 
-@parametrize("options", WRONG_OPTIONS.splitlines())
-def test_a_wrong_option_is_named(options, command):
+@parametrize("line", WRONG_OPTIONS.splitlines())
+def test_a_wrong_option_is_named_before_training(line, command, places):
+    options, message = line.split(" -> ")
+    before = read_files()
     run = command(rnn_mnist, options)
-    assert run.status == 2
-    assert re.search(rf"error: arguments? {options.split()[0]}\b", run.errors)
-
-
-def test_the_largest_seed_trains(command):
-    assert command(cnn_mnist, f"--epochs 1 --seed {10**15}").status == 0
-
-
-@parametrize("option", ["--save", "--log", "--errors"])
-@parametrize("place", ["folder", "missing/file", "file/file", "a" * 252, os.devnull])
-def test_a_bad_place_is_an_error_before_training(option, place, command):
-    os.mkdir("folder")
-    Path("file").write_text("")
-    run = command(cnn_mnist, f"{option} {place}")
     assert (run.status, run.output) == (2, "")
-    assert f"argument {option}: cannot write {place}: " in run.errors
-    assert sorted(os.listdir()) == ["data", "file", "folder"]
+    assert f"error: {message}" in " ".join(run.errors.split())
+    assert read_files() == before
 
 
-def test_help_groups_the_options_and_names_the_rates(script, command):
+ERRORS = """\
+--load gone.pt --data-dir gone -> cannot load gone.pt ([Errno 2] No such file
+--load text -> cannot load text (
+--data-dir folder -> cannot read or download folder/MNIST/raw: Error downloading train-images
+--data-dir text -> cannot read or download text/MNIST/raw: [
+--data-dir damaged -> cannot read or download damaged/MNIST/raw:
+--validate 250 -> validate=250, limit=inf: no images to validate or train on
+--lr 1e30 --batch-size 250 --save w.pt --log a -> the loss is not finite; try a smaller learning
+--load w.pt --predict gone.png -> cannot read a digit from gone.png: [Errno 2] No such file
+--load w.pt --predict text -> cannot read a digit from text: cannot identify image file
+--load w.pt --predict blank.png -> cannot read a digit from blank.png: no strokes found; use JPEG
+"""
+
+
+@parametrize("line", ERRORS.splitlines())
+def test_an_error_is_one_line_and_changes_no_file(line, command, places, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody listens
+    options, message = line.split(" -> ")
+    before = read_files()
+    status = command(cnn_mnist, options).status
+    assert status.startswith(f"error: {message}")
+    assert "\n" not in status
+    assert read_files() == before
+
+
+def test_help_groups_the_options(script, command):
     page = command(script, "--help")
     assert page.status == 0
     assert re.search(r"(?s)\n\ntraining:\n.*\n\ndata:\n.*\n\nresults:\n", page.output)
-    assert "with --one-cycle 0.01 (CNN) or 0.005 (LSTM)" in " ".join(page.output.split())
 
 
-def test_device_auto_is_the_accelerator_and_has_to_work(monkeypatch):
+def test_device_auto_is_the_accelerator(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
-    with raises(argparse.ArgumentTypeError, match="auto cannot be used: .*; try --device cpu$"):
-        common.working_device("auto")
+    assert common.find_device("auto").type == "meta"
 
 
 @parametrize(
     ("program", "has_prompt", "expected"),
     [
-        ("test_scripts.py", False, ["--epochs", "3"]),
-        ("test_scripts.py", True, ["--epochs", "3"]),  # %run test_scripts.py --epochs 3
         ("wrapper", False, ["--epochs", "3"]),
+        ("test_scripts.py", True, ["--epochs", "3"]),  # %run test_scripts.py --epochs 3
         ("ipykernel_launcher.py", True, []),
     ],
 )
@@ -983,7 +903,7 @@ def test_ctrl_c_keeps_the_finished_epochs(small_mnist):
     """Without flushing, the lines would arrive at the end."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have it ignored
     with start(cnn_mnist, "--batch-size 1 --epochs 30 --save w.pt --log log.csv") as process:
-        next(line for line in process.stdout if "Epoch [2/30], Step [100/200]" in line)
+        next(line for line in process.stdout if "Epoch [2/30], Step [100/201]" in line)
         process.send_signal(signal.SIGINT)
         assert "finished" not in process.stdout.read()
         assert process.stderr.read() == ""
@@ -1019,8 +939,8 @@ def read(page):
 
 
 def with_grain(page, sigma=40):
-    noise = torch.randn(page.size[::-1], generator=torch.Generator().manual_seed(0))
-    return to_pil_image((pil_to_tensor(page) + sigma * noise).clamp(0, 255).byte())
+    noise = Image.effect_noise(page.size, sigma).convert(page.mode)  # around 128
+    return ImageChops.add(page, noise, offset=-128)
 
 
 def on_transparency(page, level):
@@ -1033,10 +953,9 @@ FORMS = {
     "light on transparency": lambda page: on_transparency(page, 255),
     "cut out": lambda page: page.crop(ImageOps.invert(page).getbbox()),
     "on a desk, dark on two sides": lambda page: ImageOps.expand(page, (60, 0, 0, 60), 40),
-    "with a pencil": lambda page: with_grain(
-        page.filter(ImageFilter.MaxFilter(9)).point(lambda x: 100 + x // 2), 10
+    "with a pencil": lambda page: page.filter(ImageFilter.MaxFilter(9)).point(
+        lambda x: 100 + x // 2
     ),
-    "with a felt pen": lambda page: page.filter(ImageFilter.MinFilter(9)),
 }
 
 
@@ -1044,10 +963,9 @@ FORMS = {
 @parametrize("digit", [2, 4, 7])
 def test_a_picture_of_any_form_is_read_like_a_plain_one(form, digit):
     plain, other = read(draw_page(digit)), read(FORMS[form](draw_page(digit)))
-    assert 0.06 < other.mean() < 0.18  # near MNIST's 0.1307, for thin and for thick pens
-    # Another pen changes up to 0.6 of the ink, other paper 0.4, and another digit more than 1.
-    most = 0.6 if form.startswith("with") else 0.4
-    assert (plain - other).abs().sum() < most * plain.sum()
+    assert 0.045 < other.mean() < 0.18  # near MNIST's 0.1307, for thin pens, too
+    # A pencil changes up to 0.55 of the ink, other paper 0.25, and another digit more than 1.
+    assert (plain - other).abs().sum() < 0.7 * plain.sum()
 
 
 def test_a_photo_is_rotated_as_its_camera_says():
@@ -1059,43 +977,24 @@ def test_a_photo_is_rotated_as_its_camera_says():
     assert (plain - other).abs().sum() < 0.1 * plain.sum()
 
 
-def test_a_digit_at_the_border_is_kept():
-    stroke = torch.zeros(1, 64, 64)
-    stroke[:, :, 28:36] = 1
-    assert torch.equal(common.drop_border(stroke), stroke)
-
-
 def test_a_digit_is_upright_and_where_mnist_has_it():
     page = Image.new("L", (300, 400), 255)
     ImageDraw.Draw(page).line(((100, 50), (100, 250), (180, 250)), fill=0, width=20)  # an L
     image = read(page)[0]
-    assert 18 <= (image.amax(dim=1) > 0.25).sum() <= 20  # rows with ink
     assert image[:14, 15:].max() < 0.01  # nothing at the top right
+    assert 18 <= (image.amax(dim=1) > 0.25).sum() <= 20  # rows with ink
     mass = torch.stack([image.sum(dim=0), image.sum(dim=1)]) / image.sum()
     assert (mass @ torch.arange(28.0)).tolist() == approx([14, 14], abs=0.3)
 
 
-def test_predict_names_the_class_and_its_confidence(device, capsys):
-    """Also with dropout, whose network has to be in evaluation mode, and with two classes."""
-    model = Own(outputs=2).to(device)
-    image = read(draw_page(7))
-    common.predict_pictures(model, ["page.png"], ["three", "eight"])
-    confidence, label = common.predict(model, image[None]).softmax(dim=1)[0].max(dim=0)
-    expected = f"page.png: {['three', 'eight'][label]} ({confidence:.1%})\n"
-    assert capsys.readouterr().out == expected
-
-
-def test_a_picture_that_cannot_be_read_does_not_stop_the_others(device, command):
+def test_predict_names_each_digit_that_it_can_read(device, command):
     torch.save(CNN_WEIGHTS, "weights.pt")
-    draw_page(2).save("good.png")
-    Path("text.png").write_text("seven")
-    with_grain(Image.new("L", (300, 200), 240), 4).save("blank.png")
-    pictures = "gone.png text.png blank.png good.png"
-    run = command(cnn_mnist, f"--load weights.pt --predict {pictures}")
-    assert run.output.startswith("good.png: ")
-    assert_one_line(run, "cannot read a digit from gone.png: [Errno 2]")
-    for reason in ("text.png: cannot", "blank.png: no strokes"):
-        assert f"cannot read a digit from {reason}" in run.errors
-    run = command(cnn_mnist, f"--device {device} --load weights.pt --predict good.png")
+    page = draw_page(2)
+    logits = common.load_weights(CNN(), "weights.pt")(read(page)[None])
+    confidence, digit = logits.softmax(dim=1).max(dim=1)
+    options = f"--device {device} --load weights.pt --predict"
+    expected = f"page.png: {digit.item()} ({confidence.item():.1%})\n"
+    assert command(cnn_mnist, f"{options} gone.png page.png").output == expected
+    run = command(cnn_mnist, f"{options} page.png")
     assert (run.status, run.evaluation) == (0, None)
     assert run.model.fc.weight.device.type == device
