@@ -26,8 +26,8 @@ from torchvision.utils import make_grid
 # ---- core ----
 # If you have to hand in a single file, copy everything from here to the section "data" into it,
 # after these imports: math, os, time, NamedTuple, torch, nn and F. A network and train() follow.
-# You may leave out the settings for speed and repeatable results in create_model(), and what you do
-# not call: make_data(), print_tables(), random_affine().
+# You may leave out the settings for speed and repeatable results in create_model(), and those of
+# make_data(), print_tables() and random_affine() that you do not call.
 
 
 def find_device(name):
@@ -83,8 +83,8 @@ def create_model(network, seed):
     """Set the random seed, then create the network, so that the seed decides its initial weights.
 
     network: a class or function that returns a network, a new one at each call. Raises TypeError if
-    it is an nn.Module, or returns the same one again, which may be trained already. What is set for
-    repeatable results and for speed holds for the whole process.
+    it is an nn.Module, or returns the same network twice, which may be trained already. The
+    settings for repeatable results and for speed hold for the whole process.
     """
     if isinstance(network, torch.nn.Module) or network() is network():
         raise TypeError("pass a class or a function that creates a new network: CNN, not CNN()")
@@ -94,8 +94,8 @@ def create_model(network, seed):
     torch.backends.cudnn.deterministic = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
     # For speed, on a CPU with Linux: without this line, the C library returns freed memory to the
-    # system, and gets it back in the next step. This block of 31 MiB is freed at once; after that,
-    # the C library keeps freed blocks of up to this size: see M_MMAP_THRESHOLD in `man mallopt`.
+    # system, and gets it back in the next step. These 31 MiB are freed at once, which makes it keep
+    # freed blocks of up to this size from now on: see M_MMAP_THRESHOLD in `man mallopt`.
     torch.empty(31 * 2**20, dtype=torch.uint8)
     torch.manual_seed(seed)
     return network().eval()  # evaluation mode, until the training starts
@@ -106,9 +106,9 @@ def predict(model, inputs):
     """Return the model's logits (N, C) for a batch of inputs (N, ...), which may be on any device.
 
     Scale the inputs as for training, such as images to [0, 1]. The network computes in evaluation
-    mode. Then, if it was in training mode, all its parts are set to training mode.
+    mode. Then, if it was in training mode, all its layers are set to training mode.
     """
-    device = next(model.parameters(), inputs).device  # where the first weights of the model are
+    device = next(model.parameters(), inputs).device  # that of its weights, if there are any
     training = model.training
     model.eval()
     logits = model(inputs.to(device))
@@ -119,7 +119,7 @@ def predict(model, inputs):
 class Evaluation(NamedTuple):
     """The result of evaluate(), for N samples and C classes. Its tensors are on the CPU.
 
-    The area under the ROC curve (AUC), after `import sklearn.metrics`:
+    The area under the ROC curve (AUC), with scikit-learn and `import sklearn.metrics`:
     sklearn.metrics.roc_auc_score(labels.numpy(), logits.softmax(1).numpy(), multi_class="ovr");
     if there are only two classes, take logits.softmax(1)[:, 1].numpy(), and no multi_class.
     """
@@ -181,7 +181,7 @@ def make_loader(inputs, labels, classes, device, batch_size, shuffle=False):
 
     They may be arrays, tensors or lists. Inputs of type uint8 are treated as images: they are
     divided by 255, and (N, H, W) becomes (N, 1, H, W). Raises ValueError if there are no inputs, if
-    there are more or fewer labels than inputs, or as check_labels() does.
+    there are more or fewer labels than inputs, or if check_labels() does.
     """
     inputs, labels = torch.as_tensor(inputs), torch.as_tensor(labels)
     if len(inputs) == 0 or len(inputs) != len(labels):
@@ -228,7 +228,7 @@ def check_network(model, data):
         check_labels(labels, data.classes)
         low, high = inputs.aminmax()
         print(f"Inputs ({name}): {tuple(inputs.shape)} from {low:.4g} to {high:.4g}")
-    logits = predict(model, inputs)  # (N, C)
+    logits = predict(model, inputs)  # (N, C), for the validation batch
     shape = getattr(logits, "shape", type(logits))
     if shape != (len(inputs), len(data.classes)):
         raise ValueError(
@@ -236,13 +236,13 @@ def check_network(model, data):
         )
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"Device: {logits.device}, Model: {type(model).__name__} ({count:,} parameters)")
-    # No output is negative after softmax, whose sum is 1 for each sample, and after ReLU, whose
-    # lowest output is 0.
+    # Softmax and ReLU give no negative outputs. Those of softmax have the sum 1 for each sample,
+    # and the lowest one of ReLU is 0.
     (low, high), sums = logits.aminmax(), logits.sum(dim=1)
     if 0 <= low < high and (low == 0 or (sums - 1).abs().max() < 0.001):
         print("Warning: the outputs look like those of softmax or ReLU, not like logits.")
-    # In a batch of copies of the last sample, the first copy has to get the logits of this sample.
-    # If a second prediction differs, the network draws random numbers: no warning.
+    # If the batch is filled with copies of its last sample, the logits of this sample should not
+    # change. If they change without that, the network draws random numbers: no warning.
     first, again = predict(model, inputs[[-1] * len(inputs)])[0], predict(model, inputs)[-1]
     if again.equal(logits[-1]) and (first - again).abs().max() > 0.001 * logits.abs().max():
         print("Warning: a sample's output depends on the others. Is batch_first=True missing?")
@@ -272,8 +272,8 @@ def print_tables(confusion, names):
     names = list(map(str, names))
     # the numbers of correct, predicted and true samples of each class
     hits, predicted, counts = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
-    # Without predictions, precision is undefined (0 / 0), and without samples, recall. Because of
-    # clamp, they are printed as 0.
+    # Without predictions, precision is undefined (0 / 0), and so is recall without samples. Because
+    # of clamp, they are printed as 0.
     precision, recall = hits / predicted.clamp(min=1), hits / counts.clamp(min=1)
     # F1 is 2 * precision * recall / (precision + recall), which is the same as this:
     f1 = 2 * hits / (predicted + counts).clamp(min=1)
@@ -293,9 +293,9 @@ def print_tables(confusion, names):
 def random_affine(images, shift, degrees=10, scale=0.1):
     """Apply a different random shift, rotation and scaling to each square image (N, ..., S, S).
 
-    shift (in pixels, along each axis), degrees and scale (a fraction) are the largest changes, in
-    both directions. Outside of an image, its border is repeated. Raises ValueError if the images
-    are not square.
+    shift (in pixels of the given image, along each axis), degrees and scale (a fraction) are the
+    largest changes, in both directions. Outside of an image, its border is repeated. Raises
+    ValueError if the images are not square.
     """
     *_, height, size = images.shape
     if height != size:
@@ -305,9 +305,9 @@ def random_affine(images, shift, degrees=10, scale=0.1):
     angle = angle * math.radians(degrees)  # (N,), as the other three
     zoom = 1 + zoom * scale
     reach = shift * 2 / size  # because affine_grid's positions in an image go from -1 to 1
-    # For each position in the output, affine_grid computes the position in the input whose value
-    # goes there: the opposite way. So to make an image larger, positions are divided by zoom. (The
-    # signs of angle, dx and dy do not matter: positive and negative ones are equally probable.)
+    # affine_grid maps each position in the output to the position in the input whose value goes
+    # there. So, to make an image larger, positions are divided by zoom. (The signs of angle, dx and
+    # dy do not matter: positive and negative ones are equally probable.)
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     theta = torch.stack([cos, -sin, dx * reach, sin, cos, dy * reach], dim=1).view(-1, 2, 3)
     # align_corners=False: -1 and 1 are the edges of the image, not the middles of its first and
@@ -416,8 +416,7 @@ def write_file(file, content):
     except OSError as error:
         raise UserError(f"cannot write {file}: {reason(error)}; choose another path") from error
     finally:
-        if os.path.isfile(part):  # after an error or Ctrl-C
-            os.remove(part)
+        part.unlink(missing_ok=True)  # It is left only after an error or Ctrl-C.
 
 
 def save_weights(model, file):

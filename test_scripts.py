@@ -48,7 +48,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and p
 HERE = Path(__file__).resolve().parent
 RAW = Path("data/MNIST/raw")
 DEVICES = ["cpu"]
-with contextlib.suppress(argparse.ArgumentTypeError):  # if an accelerator cannot compute
+with contextlib.suppress(argparse.ArgumentTypeError):  # The accelerator does not work.
     DEVICES = sorted({"cpu", common.working_device("auto").type})
 
 # One thread, here and in subprocesses: on a busy machine, several would wait for each other.
@@ -125,13 +125,13 @@ Run = namedtuple("Run", "status model evaluation output errors")
 def command(small_mnist, capsys):
     """A function that runs a script's command line; the last one of repeated options counts.
 
-    If the status is a text, Python prints it, and exits with status 1.
+    If its status is a text, Python would print it, and exit with status 1.
     """
 
     def command(script, options=""):
         argv = ["--device", "cpu", "--validate", "50", *options.split()]
         try:
-            result = 0, *common.run(lambda _: script.main(argv))
+            result = 0, *common.run(lambda _: script.main(argv))  # `_`: pytest's own arguments
         except SystemExit as ended:
             result = ended.code, None, None
         return Run(*result, *capsys.readouterr())
@@ -141,7 +141,7 @@ def command(small_mnist, capsys):
 
 @pytest.fixture
 def file(empty_folder):
-    """A file of a former run."""
+    """A file of an earlier run."""
     file = Path("results.png")
     file.write_text("of a former run")
     return file
@@ -186,7 +186,7 @@ def test_bug_lstm_without_batch_first():
     model, images = RNN(), torch.rand(3, 1, 28, 28)
     _, (hidden, _) = model.lstm(images.squeeze(1))  # (2, 3, 128)
     assert_close(model(images), model.fc(hidden[-1]))
-    assert RNN(8, 1, 5, 4)(torch.rand(3, 40, 5)).shape == (3, 4)  # sequences of another size
+    assert RNN(8, 1, 5, 4)(torch.rand(3, 1, 5)).shape == (3, 4)  # sequences of another size
 
 
 OUTPUT = r"""Data: mnist \(201 training, 49 validation, 130 test images\)
@@ -231,14 +231,14 @@ def test_bug_steps_counted_without_the_last_batch(capsys):
 
 def test_both_scripts_have_the_same_loop_but_for_two_numbers():
     cnn, rnn = (inspect.getsource(script.train) for script in (cnn_mnist, rnn_mnist))
-    for old, new in (("0.01", "0.005"), ("shift=1", "shift=2"), ("1 pixel", "2 pixels")):
+    for old, new in (("0.01", "0.005"), ("shift=1", "shift=2")):
         assert old in cnn
         cnn = cnn.replace(old, new)
     assert cnn == rnn
 
 
 def test_smoke_one_batch(script, network, device):
-    data = digits(batch_size=250)  # The batch is on the CPU.
+    data = digits(batch_size=250)  # batches on the CPU, network on `device`
     data.device = torch.device(device)
     criterion = nn.CrossEntropyLoss(weight=torch.ones(10, device=device))
     before, after = (script.train(network, data, epochs=n, criterion=criterion)[0] for n in (0, 1))
@@ -256,10 +256,10 @@ OWN_CHOICES = {
 
 @parametrize("options", [{}, OWN_CHOICES])
 @parametrize("network", [CNN, RNN, Own])
-def test_training_is_that_of_the_tutorial(network, options, capsys):
-    """In an order that depends only on seed and epoch, with any optimizer and loss."""
+def test_training_is_that_of_a_plain_loop(network, options, capsys):
+    """The order of the samples depends only on seed and epoch. Optimizer and loss can be chosen."""
     train(network, digits(), epochs=2, seed=3, **options)
-    printed = re.findall(r"oss: ([\d.]*)", capsys.readouterr().out)
+    printed = re.findall(r"[Ll]oss: ([\d.]*)", capsys.readouterr().out)
     loader, losses = digits().train_loader, []
     torch.manual_seed(3)
     model = network()
@@ -282,13 +282,13 @@ def test_training_is_that_of_the_tutorial(network, options, capsys):
 @parametrize("options", [{}, {"one_cycle": True, "augment": True}])
 @parametrize("network", [CNN, RNN, Own])
 def test_the_same_call_gives_the_same_weights(network, device, options):
-    """Also if random numbers were drawn before it, or are drawn after each epoch."""
+    """Also if other random numbers are drawn before it, or after each epoch."""
     data = digits(device)
 
     def measure(model, history):
-        evaluate(model, data.train_loader)
+        evaluate(model, data.train_loader)  # The loader shuffles: it draws random numbers.
 
-    model, _ = train(network, data, epochs=2, **options)  # draws random numbers, too
+    model, _ = train(network, data, epochs=2, **options)  # The next call starts from another state.
     assert_same_weights(model, train(network, data, epochs=2, after_epoch=measure, **options)[0])
 
 
@@ -316,13 +316,10 @@ def test_an_optimizer_without_lr_is_refused_before_anything_is_created():
 
 
 def test_each_epoch_trains_validates_and_calls_after_epoch(capsys, monkeypatch):
-    """A true value ends the training, which is printed. The test images are not touched.
-
-    The time of an epoch is that of its training steps; here, each batch takes a second.
-    """
+    """A true value ends the training, which is printed. The test images are not touched."""
     data, seen = digits(batch_size=50), []
     data.test_loader = map(pytest.fail, ["touched"])
-    monkeypatch.setattr(time, "perf_counter", lambda: len(seen))
+    monkeypatch.setattr(time, "perf_counter", lambda: len(seen))  # Each batch takes a second.
 
     def after_epoch(model, history):
         seen.append((model.training, history[:]))
@@ -331,8 +328,8 @@ def test_each_epoch_trains_validates_and_calls_after_epoch(capsys, monkeypatch):
     _, history = train(lambda: Own(seen=seen), data, epochs=5, after_epoch=after_epoch)
     epoch = [(True, 50)] * 5 + [(False, 100), (False, 30)]  # Evaluation takes at least 100 at once.
     expected = [*epoch, (False, 1), *epoch, (False, 2)]
-    assert [(training, len(batch)) for training, batch in seen[-16:]] == expected
-    assert [(row.epoch, row.seconds) for row in history] == [(1, 5), (2, 5)]
+    assert [(training, len(batch)) for training, batch in seen[-len(expected) :]] == expected
+    assert [(row.epoch, row.seconds) for row in history] == [(1, 5), (2, 5)]  # without evaluation
     assert capsys.readouterr().out.endswith("\nafter_epoch returned a true value: training ends.\n")
 
 
@@ -359,8 +356,8 @@ def test_augment_moves_each_training_image_and_no_other():
 def test_random_affine_works_in_pixels(device):
     """It rotates, scales and shifts by up to 10 degrees, 10% and 2 pixels, and does not shear.
 
-    Each pixel of these images holds its own position, so the result says where it came from. As
-    complex numbers x + yi, because multiplying by i rotates by 90 degrees.
+    Each pixel of these images holds its own position, so the result says where it came from.
+    Positions are written as complex numbers x + yi: multiplying by i rotates by 90 degrees.
     """
     x = torch.arange(1.0, 21).expand(5000, 1, 20, 20)
     moved = common.random_affine(torch.cat([x, x.mT], dim=1).to(device), shift=2).cpu()
@@ -386,8 +383,9 @@ class Calls(TorchDispatchMode, list):
 
 
 def test_a_step_neither_waits_for_the_device_nor_copies(device):
+    """One step and two steps of training read equally many numbers, and copy as often."""
     counts = []
-    for batch_size in (250, 130):  # 1 and 2 steps; the last one is printed
+    for batch_size in (250, 130):  # Each time, only the last step is printed.
         data = digits(device, batch_size)
         with Calls() as calls:
             train(Own, data, epochs=1, one_cycle=True, augment=True)
@@ -402,7 +400,7 @@ def test_a_step_neither_waits_for_the_device_nor_copies(device):
 
 class Noise(nn.Module):
     def forward(self, x):
-        return x + torch.randn_like(x)
+        return F.dropout(x)  # in evaluation mode, too
 
 
 class Spread(nn.Module):
@@ -432,18 +430,18 @@ CHECKED = {
     "BatchNorm and dropout": (Own, ""),
     "log-softmax": (chain(nn.LogSoftmax(1)), ""),
     "positive outputs": (chain(nn.Softplus()), ""),
-    "random numbers": (chain(Noise()), ""),
-    "outputs that are all 0.1": (chain(nn.Threshold(1e9, 0.1)), ""),
+    "dropout in evaluation mode": (chain(Noise()), ""),
+    "outputs that are all 0.1": (chain(nn.Threshold(1e9, 0.1)), ""),  # 0.1 for all below 1e9
     "a fixed batch size": (chain(nn.Unflatten(0, (10, 10)), nn.Flatten(0, 1)), ""),
 }
 
 
 @parametrize("name", CHECKED)
-def test_the_bugs_of_the_tutorial_are_seen_in_any_network_and_no_others(name, device, capsys):
-    """Each time it is trained, and with a loss of one's own."""
+def test_suspicious_outputs_are_warned_of_and_no_others(name, device, capsys):
+    """At each call of train(), whatever the loss is."""
     network, warning = CHECKED[name]
     data = make_data(TRAIN, [part[:100] for part in TRAIN], range(10), device=device)
-    data.val_loader.inputs[:, :, -8:] = 0  # as the lowest rows of MNIST are
+    data.val_loader.inputs[:, :, -8:] = 0  # as the bottom rows of MNIST are
     for criterion in (F.cross_entropy, F.nll_loss):
         train(network, data, epochs=0, criterion=criterion)
         assert "".join(re.findall(r"Warning.*\n", capsys.readouterr().out)) == warning
@@ -465,7 +463,7 @@ SAMPLES = (torch.rand(20, 3), torch.arange(20) % 2)
 def test_what_does_not_fit_is_refused_before_the_first_step(loader, classes, outputs, says):
     data = Data([SAMPLES], loader, classes, device="cpu")
     with raises(ValueError, match=says):
-        train(lambda: nn.Linear(3, outputs), data, after_epoch=pytest.fail)
+        train(lambda: nn.Linear(3, outputs), data, optimizer=pytest.fail, lr=1)
 
 
 # ---- data ----
@@ -484,7 +482,7 @@ WHITE = np.full((2, 3, 8, 8), 255, np.uint8)
     ],
 )
 @parametrize("labels", [np.array([1.0, 0]), [True, False]])
-def test_make_data_takes_what_people_have(inputs, labels, shape, device):
+def test_make_data_takes_arrays_and_lists(inputs, labels, shape, device):
     """It makes float32 inputs and int64 labels of them, on the device."""
     pair = inputs, labels
     data = make_data(pair, pair, "ab", test_pair=pair, device=device)
@@ -508,13 +506,13 @@ def test_make_data_takes_what_people_have(inputs, labels, shape, device):
     ],
 )
 def test_make_data_refuses_what_does_not_fit(inputs, labels, says):
-    good = [[5.0]] * 2, [0, 1]
+    good = [[5]] * 2, [0, 1]
     with raises(ValueError, match=says):
         make_data(good, good, "ab", test_pair=(inputs, labels), device="cpu")
 
 
-def test_own_loaders_and_lists_of_batches_are_trained_on():
-    """Colour images whose batches are on the CPU, with labels of type uint8."""
+def test_own_loaders_and_lists_of_batches_give_repeatable_results():
+    """Colour images, with labels of type uint8."""
     samples = TensorDataset(torch.randn(60, 3, 8, 8), torch.arange(60).byte() % 20)
     loader = DataLoader(samples, 8, shuffle=True)
     data = Data(loader, list(loader), range(20), device="cpu")
@@ -530,7 +528,7 @@ def test_a_network_that_changes_its_input_does_not_change_the_data():
 
 
 def test_validation_images_are_random_always_the_same_and_never_trained_on(small_mnist):
-    torch.manual_seed(5)
+    torch.manual_seed(5)  # does not matter
     data = common.load_data(validate=100, limit=70, batch_size=30, device="cpu")
     order = torch.randperm(250, generator=torch.Generator().manual_seed(0))
     val, rest = ([part[indices] for part in TRAIN] for indices in (order[:100], order[100:170]))
@@ -546,13 +544,14 @@ def test_each_dataset_has_its_folder_and_classes(name, folder, small_mnist, monk
     """By default, on the CPU if there is no accelerator."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     Path("data/MNIST").rename(f"data/{folder}")
-    assert common.load_data(name, validate=50).classes == getattr(datasets, folder).classes
+    data = common.load_data(name, validate=50)
+    assert (data.classes, data.device.type) == (getattr(datasets, folder).classes, "cpu")
 
 
-def test_synthetic_digits_do_not_leak_and_are_the_same_in_each_run():
+def test_synthetic_digits_are_all_different_and_the_same_in_each_run():
     state = torch.get_rng_state()
     data = common.load_data("synthetic", device="cpu")
-    assert torch.equal(torch.get_rng_state(), state)  # not changed
+    assert torch.equal(torch.get_rng_state(), state)  # still the same
     torch.rand(3)
     again = common.load_data("synthetic", device="cpu")
     assert torch.equal(data.val_loader.inputs, again.val_loader.inputs)
@@ -573,8 +572,8 @@ def test_real_mnist_is_learned(script, network):
 # ---- evaluate and report ----
 
 
-def test_evaluate_computes_each_figure(device):
-    """In evaluation mode, the logits are the inputs; no sample belongs to the third class."""
+def test_evaluate_computes_each_result(device):
+    """The network returns its inputs, in evaluation mode. The third class has no samples."""
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Dropout()).to(device)
     nn.init.eye_(model[0].weight)
     logits, labels = 3 * torch.eye(3)[[0, 1, 0, 1]], torch.tensor([0, 0, 0, 1])
@@ -621,7 +620,7 @@ def test_tables_of_long_names_and_large_counts(capsys):
 
 
 def test_errors_in_colour_most_confident_first_with_names_that_fit(device):
-    """Images of one pixel, standardized, whose colours are the logits.
+    """Standardized images of one pixel, whose three colours are also the logits of three classes.
 
     The loader shuffles them, and reuses the memory of its batches, as some loaders do.
     """
@@ -648,7 +647,7 @@ def test_a_sheet_without_mistakes(capsys):
     assert capsys.readouterr().out == "e.png shows 0 of 0 mistakes.\n"
 
 
-def test_report_and_log_are_those_of_the_last_epoch(script, command, file, capsys):
+def test_report_and_log_agree_with_the_results(script, command, file, capsys):
     Path("log.csv").write_text("of a former run")
     run = command(script, f"--epochs 2 --lr 0.003 --log log.csv --errors {file}")
     common.print_tables(run.evaluation.confusion, "0123456789")
@@ -720,7 +719,9 @@ OTHER_WEIGHTS = {
 
 @parametrize("content", OTHER_WEIGHTS)
 def test_other_weights_are_refused_and_run_no_code(content, file, monkeypatch):
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # as torch.load's default
+    monkeypatch.setenv(
+        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1"
+    )  # torch.load's own default runs code.
     torch.save(OTHER_WEIGHTS[content], file)
     says = r"cannot load results.png \(.*\); use a file that --save wrote for the network RNN, "
     with raises(UserError, match=says):
@@ -772,15 +773,15 @@ WRONG_OPTIONS = f"""\
 --epochs x -> argument --epochs: invalid number value: 'x'
 --epochs -1 -> argument --epochs: -1 is not between 0 and inf
 --batch-size 0 -> argument --batch-size: 0 is not between 1 and inf
---limit 0 -> argument --limit: 0 is
---validate 0 -> argument --validate: 0 is
---hidden 0 -> argument --hidden: 0 is
---layers 0 -> argument --layers: 0 is
+--limit 0 -> argument --limit: 0 is not between 1 and inf
+--validate 0 -> argument --validate: 0 is not between 1 and inf
+--hidden 0 -> argument --hidden: 0 is not between 1 and inf
+--layers 0 -> argument --layers: 0 is not between 1 and inf
 --lr -1 -> argument --lr: -1 is not between 0 and inf
---lr nan -> argument --lr: nan is
+--lr nan -> argument --lr: nan is not between 0 and inf
 --seed {10**15 + 1} -> argument --seed: {10**15 + 1} is not between 0 and {10**15}
---device gpu -> argument --device: gpu cannot be used: Expected one of cpu,
---device meta -> argument --device: meta cannot be used: Tensor.item() cannot be called on meta
+--device gpu -> argument --device: gpu cannot be used:
+--device meta -> argument --device: meta cannot be used:
 --epochs 0 --save a -> argument --epochs: must be at least 1 with --save or --log
 --epochs 0 --log a -> argument --epochs: must be at least 1 with --save or --log
 --predict 7.png -> argument --predict: needs trained weights; add --load FILE
@@ -852,7 +853,7 @@ def test_device_auto_is_the_accelerator(monkeypatch):
         ("ipykernel_launcher.py", True, []),
     ],
 )
-def test_a_program_has_options_and_a_console_keeps_its_own(
+def test_a_program_reads_its_options_and_a_console_does_not(
     program, has_prompt, expected, monkeypatch
 ):
     monkeypatch.setattr(sys, "argv", [f"/usr/lib/{program}", "--epochs", "3"])
@@ -874,7 +875,8 @@ def test_output_may_be_missing(script, command, monkeypatch):
     assert command(script, "--epochs 1").status == 0
 
 
-def test_an_import_changes_nothing_and_training_sets_up_the_gpu():
+def test_an_import_changes_nothing_and_create_model_sets_up_the_gpu():
+    # `if True` allows the indentation.
     program = """if True:
         import os, torch
         from torch import backends, initial_seed
@@ -894,14 +896,14 @@ def test_an_import_changes_nothing_and_training_sets_up_the_gpu():
 
 
 def test_a_mistake_in_the_program_keeps_its_traceback():
-    with raises(FileNotFoundError):  # an OSError, as a closed pipe is
+    with raises(FileNotFoundError):  # an OSError, as BrokenPipeError is
         common.run(lambda _: os.stat("missing"))
 
 
 @posix
 def test_ctrl_c_keeps_the_finished_epochs(small_mnist):
     """Without flushing, the lines would arrive at the end."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # The shell may ignore Ctrl-C.
     with start(cnn_mnist, "--batch-size 1 --epochs 30 --save w.pt --log log.csv") as process:
         next(line for line in process.stdout if "Epoch [2/30], Step [100/201]" in line)
         process.send_signal(signal.SIGINT)
@@ -914,7 +916,7 @@ def test_ctrl_c_keeps_the_finished_epochs(small_mnist):
 
 @posix
 @parametrize("options", ["--epochs 30", "--load w.pt --predict 7.png"])
-def test_a_closed_pipe(options, small_mnist):
+def test_a_closed_pipe_ends_the_program_quietly(options, small_mnist):
     torch.save(CNN_WEIGHTS, "w.pt")
     draw_page(7).save("7.png")
     with start(cnn_mnist, options) as process:
@@ -964,7 +966,8 @@ FORMS = {
 def test_a_picture_of_any_form_is_read_like_a_plain_one(form, digit):
     plain, other = read(draw_page(digit)), read(FORMS[form](draw_page(digit)))
     assert 0.045 < other.mean() < 0.18  # near MNIST's 0.1307, for thin pens, too
-    # A pencil changes up to 0.55 of the ink, other paper 0.25, and another digit more than 1.
+    # The difference is up to 0.55 of the ink for a pencil, 0.25 for other paper, and more than 1
+    # for another digit.
     assert (plain - other).abs().sum() < 0.7 * plain.sum()
 
 
@@ -987,14 +990,13 @@ def test_a_digit_is_upright_and_where_mnist_has_it():
     assert (mass @ torch.arange(28.0)).tolist() == approx([14, 14], abs=0.3)
 
 
-def test_predict_names_each_digit_that_it_can_read(device, command):
-    torch.save(CNN_WEIGHTS, "weights.pt")
-    page = draw_page(2)
-    logits = common.load_weights(CNN(), "weights.pt")(read(page)[None])
-    confidence, digit = logits.softmax(dim=1).max(dim=1)
+def test_predict_names_each_digit_that_it_can_read(script, network, device, command):
+    model, page = network(), draw_page(2)
+    torch.save(model.state_dict(), "weights.pt")
+    confidence, digit = model(read(page)[None]).softmax(dim=1).max(dim=1)
     options = f"--device {device} --load weights.pt --predict"
     expected = f"page.png: {digit.item()} ({confidence.item():.1%})\n"
-    assert command(cnn_mnist, f"{options} gone.png page.png").output == expected
-    run = command(cnn_mnist, f"{options} page.png")
+    assert command(script, f"{options} gone.png page.png").output == expected
+    run = command(script, f"{options} page.png")
     assert (run.status, run.evaluation) == (0, None)
     assert run.model.fc.weight.device.type == device

@@ -39,6 +39,7 @@ def make_files():
     values = values * torch.tensor([300, 3, 0.02]) + torch.tensor([1000, 20, 0.5])
     table = pandas.DataFrame(values.flatten(1).numpy())
     table.insert(0, "activity", ["walk", "run", "climb"] * 200)
+    table.insert(0, "person", [f"P{row // 30}" for row in range(600)])
     table.to_csv("walks.csv", index=False)
     for part in ("train", "val"):
         for name, colour in (("oak", "green"), ("maple", "red")):
