@@ -250,7 +250,7 @@ def test_smoke_one_batch(script, network, device):
 OWN_CHOICES = {
     "optimizer": partial(torch.optim.SGD, momentum=0.9),
     "criterion": nn.CrossEntropyLoss(weight=torch.arange(1.0, 11), label_smoothing=0.1),
-    "lr": 0.001,
+    "lr": 0.003,
 }
 
 
@@ -263,8 +263,8 @@ def test_training_is_that_of_a_plain_loop(network, options, capsys):
     loader, losses = digits().train_loader, []
     torch.manual_seed(3)
     model = network()
-    optimizer = options.get("optimizer", torch.optim.Adam)(model.parameters(), lr=0.001)
-    criterion = options.get("criterion", F.cross_entropy)
+    lr, criterion = options.get("lr", 0.001), options.get("criterion", F.cross_entropy)
+    optimizer = options.get("optimizer", torch.optim.Adam)(model.parameters(), lr=lr)
     for epoch in (1, 2):
         torch.manual_seed(3000 + epoch)
         total = 0
@@ -816,8 +816,9 @@ ERRORS = """\
 --validate 250 -> validate=250, limit=inf: no images to validate or train on
 --lr 1e30 --batch-size 250 --save w.pt --log a -> the loss is not finite; try a smaller learning
 --load w.pt --predict gone.png -> cannot read a digit from gone.png: [Errno 2] No such file
---load w.pt --predict text -> cannot read a digit from text: cannot identify image file
 --load w.pt --predict blank.png -> cannot read a digit from blank.png: no strokes found; use JPEG
+--load w.pt --predict blank.png text -> cannot read a digit from blank.png: no strokes found; \
+cannot read a digit from text: cannot identify image file
 """
 
 
